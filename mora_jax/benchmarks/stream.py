@@ -1,0 +1,144 @@
+"""The stream of tasks: what a task is, and the table of benchmarks that offer tasks.
+
+A new benchmark is one new module with `task_names` and `load_task` (see `Benchmark`) and one new row of `BENCHMARKS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, cast
+
+from mora_jax.errors import MoraError, unknown
+from mora_jax.metrics import text
+
+SPLITS = ("train", "eval", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record. The model reads prompt + answer joined with nothing between them."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of a stream: its records by split, how they are scored, its own limits in tokens (None = the config's).
+
+    labels: the distinct answers where the task is a classification, else None.
+    """
+
+    name: str
+    metric: str
+    splits: Mapping[str, tuple[Example, ...]]
+    labels: tuple[str, ...] | None = None
+    max_prompt_tokens: int | None = None
+    max_answer_tokens: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        text.metric(self.metric)
+        if not set(self.splits) <= set(SPLITS):
+            raise ValueError(f"task {self.name!r}: splits are {SPLITS}, not {tuple(self.splits)}")
+
+    def split(self, name: str) -> tuple[Example, ...]:
+        """The records of one split; MoraError naming the splits there are if this is not one of them."""
+        if name not in self.splits:
+            have = ", ".join(split for split in SPLITS if split in self.splits) or "none"
+            raise MoraError(f"task {self.name!r} has no {name!r} split; it has: {have}")
+        return self.splits[name]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over all that decides results: name, metric, records of all splits, token limits."""
+        content = {
+            "name": self.name,
+            "metric": self.metric,
+            "splits": {name: [[e.prompt, e.answer] for e in examples] for name, examples in self.splits.items()},
+            "limits": [self.max_prompt_tokens, self.max_answer_tokens, self.max_new_tokens],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+    def score(self, predictions: Sequence[str], split: str, lenient: bool = False) -> float:
+        """Mean score in percent of one prediction per record of the split, in its order."""
+        answers = [example.answer for example in self.split(split)]
+        return text.mean_percent(text.metric(self.metric), predictions, answers, lenient)
+
+    def majority_percent(self, split: str) -> float | None:
+        """The strict score in percent of always giving the most frequent train answer (of equals, the first in order).
+
+        None where that means nothing: a task without labels or without a train split.
+        """
+        if self.labels is None or "train" not in self.splits:
+            return None
+        counts = Counter(example.answer for example in self.splits["train"])
+        majority = min(counts, key=lambda answer: (-counts[answer], answer))
+        return self.score([majority] * len(self.split(split)), split)
+
+    def limited(self, train_limit: int, eval_limit: int) -> Task:
+        """The task with the first records only; 0 = all. `eval_limit` holds for both eval and test."""
+        for key, limit in (("train_limit", train_limit), ("eval_limit", eval_limit)):
+            if limit < 0:
+                raise MoraError(f"benchmark.{key} = {limit}; legal: 0 (all records) or a positive count")
+        limits = {"train": train_limit, "eval": eval_limit, "test": eval_limit}
+        return dataclasses.replace(self, splits={name: x[: limits[name] or None] for name, x in self.splits.items()})
+
+
+class Benchmark(Protocol):
+    """What a benchmark's module offers. `root` is the folder of its files, empty where it needs none."""
+
+    def task_names(self, root: str) -> tuple[str, ...]:
+        """The tasks there are, in the benchmark's own order."""
+
+    def load_task(self, name: str, root: str, *, split_seed: int, metric: str | None) -> Task:
+        """One of them; `metric` None = the task's own metric, `split_seed` where splits are drawn here."""
+
+
+# Module paths rather than modules: listing the names must not import (or download) anything.
+BENCHMARKS: dict[str, str] = {
+    "folder": "mora_jax.benchmarks.folder",
+    "packaged_text": "mora_jax.benchmarks.packaged_text",
+}
+
+
+def names() -> tuple[str, ...]:
+    """The known benchmarks."""
+    return tuple(sorted(BENCHMARKS))
+
+
+def _benchmark(name: str) -> Benchmark:
+    if name not in BENCHMARKS:
+        raise unknown("benchmark", name, BENCHMARKS)
+    return cast(Benchmark, importlib.import_module(BENCHMARKS[name]))
+
+
+def task_names(name: str, root: str) -> tuple[str, ...]:
+    """The tasks of a benchmark in its own order; MoraError for an unknown benchmark or a bad root."""
+    return _benchmark(name).task_names(root)
+
+
+def load(name: str, root: str, tasks: Sequence[str], *, metrics: Mapping[str, str], split_seed: int) -> list[Task]:
+    """The stream: the named tasks of a benchmark in that order, or all in the benchmark's order if `tasks` is empty.
+
+    metrics: task -> metric where it should not be the task's own. MoraError for an unknown benchmark, task or metric
+    and for a task named twice, before any records are read.
+    """
+    benchmark = _benchmark(name)
+    known = benchmark.task_names(root)
+    for task in (*tasks, *metrics):
+        if task not in known:
+            raise unknown(f"task of benchmark {name!r}", task, known)
+    for task, count in Counter(tasks).items():
+        if count > 1:
+            raise MoraError(f"task {task!r} is named {count} times; a stream holds each task at most once")
+    for metric in metrics.values():
+        text.metric(metric)
+    return [benchmark.load_task(task, root, split_seed=split_seed, metric=metrics.get(task)) for task in tasks or known]

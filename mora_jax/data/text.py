@@ -1,0 +1,144 @@
+"""Text in, batches out: tokenised records, length buckets, a plan of batches, and a Grain pipeline over the plan.
+
+Prompt and answer are joined as one string and tokenised together, BOS first where the tokenizer has one, EOS last; the loss
+covers the tokens after the length of the tokenised prompt (the TRACE convention, arXiv 2310.06762). Prompts that are too
+long are cut on the left and counted. Masks come from lengths, never from ids, because PAD may equal EOS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from mora_jax.errors import MoraError
+
+
+class Encoder(Protocol):
+    """What this module needs of a tokenizer."""
+
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Most tokens of a prompt (with BOS), of an answer (with EOS), and the smallest length bucket."""
+
+    prompt: int
+    answer: int
+    bucket: int
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.answer
+
+
+def bucket(length: int, smallest: int, most: int) -> int:
+    """The smallest power-of-two multiple of `smallest` that holds `length`, but never more than `most`."""
+    size = smallest
+    while size < length:
+        size *= 2
+    return min(size, most)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One training example as ids, and how many of them are prompt."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Encoder, limit: int) -> tuple[list[list[int]], int]:
+    """Ids of each prompt with BOS, cut on the left to `limit`; and how many were cut."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    room = limit - len(bos)
+    encoded = tokenizer.encode_batch(list(prompts))
+    return [bos + ids[max(0, len(ids) - room) :] for ids in encoded], sum(len(ids) > room for ids in encoded)
+
+
+def encode_records(
+    prompts: Sequence[str], answers: Sequence[str], tokenizer: Encoder, limits: Limits
+) -> tuple[list[Record], int]:
+    """Training records, and how many prompts were cut. An answer that is too long is cut on the right and loses its EOS."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    room = limits.prompt - len(bos)
+    records, cut = [], 0
+    alone = tokenizer.encode_batch(list(prompts))
+    joined = tokenizer.encode_batch([p + a for p, a in zip(prompts, answers, strict=True)])
+    for prompt_ids, ids in zip(alone, joined, strict=True):
+        boundary = min(len(prompt_ids), len(ids))
+        prompt, answer = ids[:boundary], [*ids[boundary:], tokenizer.eos_id][: limits.answer]
+        cut += boundary > room
+        prompt = bos + prompt[max(0, boundary - room) :]
+        records.append(Record(tuple(prompt + answer), len(prompt)))
+    return records, cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which records make up each batch of a task: (record indices, length bucket, answer bucket) per step."""
+
+    records: Sequence[Record]
+    batches: Sequence[tuple[tuple[int, ...], int, int]]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> dict[str, Int[np.ndarray, ...]]:
+        """tokens [b, t], prompt [b] and length [b] (real tokens per row), answers [a]: the offsets that can carry loss."""
+        members, width, answers = self.batches[step]
+        rows = [self.records[i] for i in members]
+        tokens = np.full((len(rows), width), self.pad_id, np.int32)
+        for row, record in zip(tokens, rows, strict=True):
+            row[: len(record.ids)] = record.ids
+        return {
+            "tokens": tokens,
+            "prompt": np.array([r.prompt for r in rows], np.int32),
+            "length": np.array([len(r.ids) for r in rows], np.int32),
+            "answers": np.arange(answers, dtype=np.int32),
+        }
+
+
+def plan_batches(
+    records: Sequence[Record], *, limits: Limits, batch_size: int, steps: int, epochs: int, seed: int, pad_id: int
+) -> Plan:
+    """A deterministic order of full batches, each from one length bucket.
+
+    Exactly one of `steps` and `epochs` is positive. Every epoch is shuffled by (seed, epoch); records that do not fill a
+    batch wait for their bucket's next epoch, so all are seen equally often. Raises MoraError when a batch can never fill.
+    """
+    if len(records) < batch_size:
+        raise MoraError(f"{len(records)} training records do not fill one batch; train.batch_size={batch_size} is too large")
+    width = [bucket(len(r.ids), limits.bucket, limits.total) for r in records]
+    steps = steps or epochs * len(records) // batch_size
+    waiting: dict[int, list[int]] = {}
+    batches: list[tuple[tuple[int, ...], int, int]] = []
+    epoch = 0
+    while len(batches) < steps:
+        for index in np.random.default_rng((seed, epoch)).permutation(len(records)).tolist():
+            group = waiting.setdefault(width[index], [])
+            group.append(index)
+            if len(group) == batch_size:
+                longest = max(len(records[i].ids) - records[i].prompt for i in group)
+                # a quarter of the row is the usual answer; longer ones get the whole row: at most two shapes a bucket
+                answers = width[index] // 4 if longest <= width[index] // 4 else width[index]
+                batches.append((tuple(group), width[index], answers))
+                waiting[width[index]] = []
+        epoch += 1
+    return Plan(records, batches[:steps], pad_id)
+
+
+def pipeline(plan: Plan) -> grain.DatasetIterator:
+    """The plan as a Grain iterator, whose state is the position to resume from, in the middle of an epoch or not."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.source(plan).to_iter_dataset(options))

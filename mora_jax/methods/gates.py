@@ -1,0 +1,126 @@
+"""Who answers: the three gate axes (score, select, normalise) and the update that an adapted layer adds.
+
+Rows of z are tokens, columns are experts; `exists` marks the columns that hold an expert. MoRA's own point in this space
+is computed by the fused `ops.gated_projection`; every other point by the few lines of `_compose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mora_jax.ops import gated_projection as op
+from mora_jax.ops.gated_projection import reference
+
+if TYPE_CHECKING:
+    from mora_jax.methods.method import Method
+
+ACTIVE = 1e-3  # an expert with a larger gate counts as active in reports
+
+
+def _self_score(z):
+    """MoRA Eq. 5: the response itself, l2-normalised over the experts that exist."""
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), reference.FLOOR))
+
+
+def _top_k(s, exists, k):
+    if k >= s.shape[-1]:
+        return jnp.broadcast_to(exists, s.shape)
+    _, index = jax.lax.top_k(jnp.where(exists, s, -jnp.inf), k)
+    return jax.nn.one_hot(index, s.shape[-1], dtype=bool).any(axis=-2) & exists
+
+
+def _softmax(s, mask, tau):
+    peak = jax.lax.stop_gradient(jnp.max(jnp.where(mask, s, -jnp.inf), axis=-1, keepdims=True))
+    weight = jnp.where(mask, jnp.exp((jnp.where(mask, s, peak) - peak) / tau), 0.0)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    return weight / jnp.where(total == 0.0, 1.0, total)
+
+
+SCORES = {
+    "self": _self_score,
+    "absolute": lambda z: jnp.abs(_self_score(z)),
+    "raw": lambda z: z,
+    "constant": jnp.ones_like,
+}
+SELECTORS = {
+    "top_k": lambda s, exists, method: _top_k(s, exists, method.top_k),
+    "all": lambda s, exists, method: jnp.broadcast_to(exists, s.shape),
+}
+NORMALISERS = {
+    "none": lambda s, exists, kept, method: kept.astype(s.dtype),
+    "softmax": lambda s, exists, kept, method: _softmax(s, kept, method.temperature),
+    "softmax_before": lambda s, exists, kept, method: _softmax(s, exists, method.temperature) * kept,
+    "sigmoid": lambda s, exists, kept, method: jax.nn.sigmoid(s) * kept,
+}
+
+
+def _is_fused(method: Method) -> bool:
+    return (method.score, method.select, method.normalise) == ("self", "top_k", "softmax")
+
+
+def _compose(z: Float[Array, "t n"], exists: Bool[Array, "1 n"], method: Method, threshold: float):
+    """g of the named axes; the threshold of Eq. 8 works on any score that is compared."""
+    s = SCORES[method.score](z)
+    kept = SELECTORS[method.select](jax.lax.stop_gradient(s), exists, method)
+    g = NORMALISERS[method.normalise](s, exists, kept, method)
+    if threshold != 0.0:
+        best = jnp.max(jnp.where(exists, s, -jnp.inf), axis=-1, keepdims=True)
+        relative = jnp.where(best > 0, threshold * best, jnp.inf)
+        g = jnp.where(s >= (threshold if method.threshold_mode == "absolute" else relative), g, 0.0)
+    return g
+
+
+def _rows(bank: Mapping, fresh: Mapping | None):
+    """All keys, values and which exist [1, n]; frozen rows are constants."""
+    keys, values = jax.lax.stop_gradient((bank["keys"], bank["values"]))
+    exists = jnp.arange(keys.shape[0]) < bank["live"]
+    if fresh is None:
+        return keys, values, exists[None, :]
+    exists = jnp.concatenate([exists, jnp.ones(fresh["keys"].shape[0], bool)])
+    return jnp.concatenate([keys, fresh["keys"]]), jnp.concatenate([values, fresh["values"]]), exists[None, :]
+
+
+def _op_arguments(bank: Mapping, fresh: Mapping | None, method: Method) -> dict:
+    return {
+        "fresh_keys": fresh and fresh["keys"],
+        "fresh_values": fresh and fresh["values"],
+        "top_k": method.top_k,
+        "temperature": method.temperature,
+        "threshold": 0.0 if fresh else method.threshold,
+        "threshold_mode": method.threshold_mode,
+        "live": bank["live"],
+        "implementation": method.implementation,
+    }
+
+
+def update(x: Float[Array, "... d_in"], bank: Mapping, fresh: Mapping | None, method: Method) -> Float[Array, "... d_out"]:
+    """scale * sum_i g_i z_i b_i for one site, in the dtype of x.
+
+    `bank` holds keys [n, d_in], values [n, d_out] and live []; `fresh` the same without live, or None. Fresh experts
+    exist only while a task is taught, so their absence means inference, and only then does the threshold act.
+    """
+    if _is_fused(method):
+        y = op.gated_projection(x, bank["keys"], bank["values"], **_op_arguments(bank, fresh, method))
+        return (method.scale * y).astype(x.dtype)
+    keys, values, exists = _rows(bank, fresh)
+    flat = x.reshape(-1, x.shape[-1])
+    z = jnp.where(exists, reference.responses(flat, keys), 0.0)
+    if method.has_gates:
+        z = _compose(z, exists, method, 0.0 if fresh else method.threshold) * z
+    y = (method.scale * jnp.dot(z, values)).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], values.shape[-1])
+
+
+def gates(x: Float[Array, "... d_in"], bank: Mapping, fresh: Mapping | None, method: Method) -> Float[Array, "... n"]:
+    """The gates behind `update`, float32, fresh experts last."""
+    if _is_fused(method):
+        return op.gates(x, bank["keys"], bank["values"], **_op_arguments(bank, fresh, method))
+    keys, _, exists = _rows(bank, fresh)
+    z = jnp.where(exists, reference.responses(x.reshape(-1, x.shape[-1]), keys), 0.0)
+    g = _compose(z, exists, method, 0.0 if fresh else method.threshold)
+    return g.reshape(*x.shape[:-1], keys.shape[0])

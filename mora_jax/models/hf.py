@@ -1,0 +1,177 @@
+"""Hugging Face folders (config.json + safetensors) to and from the decoder's parameters.
+
+Only safetensors is read: pickles run code when loaded. Nothing from the folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import numpy as np
+import safetensors
+from flax.traverse_util import flatten_dict
+
+from mora_jax.errors import MoraError
+from mora_jax.models.decoder_config import DecoderConfig
+from mora_jax.models.keytable import Entry, Params, assemble, entries, param_shape, rows
+
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_DOWNLOADS = ["*.safetensors", "*.json", "tokenizer*"]
+# safetensors' name of a dtype -> numpy's; the formats we accept and write.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The local folder of a model: a folder as it is, or a hub id such as `HuggingFaceTB/SmolLM2-135M`, downloaded.
+
+    Only safetensors, JSON and tokenizer files of the repository's top folder are downloaded, once. Raises MoraError for
+    a path that is not a folder and for a hub id that cannot be had.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise MoraError(
+            f"model {name!r} is not a folder; give a folder with {CONFIG_FILE} and safetensors, or a hub id"
+        )
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADS, ignore_patterns=["*/*"])
+    # The hub client raises classes of four libraries (HTTP, cache, validation, transfer), and all of them mean the same
+    # to the user: this id cannot be had from here.
+    except Exception as error:
+        raise MoraError(
+            f"hub id {name!r} not reachable ({type(error).__name__}: {error}); give the id of a repository you can "
+            f"download, or a local folder with {CONFIG_FILE} and safetensors"
+        ) from error
+    return Path(folder)
+
+
+def load_config(folder: Path) -> DecoderConfig:
+    """Read `folder/config.json`; raises MoraError when it is absent, broken, or not a Llama decoder."""
+    path = Path(folder) / CONFIG_FILE
+    return DecoderConfig.from_hf(read_json(path), path)
+
+
+def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
+    """Read the weights of a folder, sharded or not, as numpy arrays of `dtype` in the decoder's layout.
+
+    The host holds the model in `dtype` plus one tensor. Rotary frequency buffers, and the copy of the embeddings that
+    some tied models store as `lm_head.weight`, are skipped. Raises MoraError for a folder without safetensors, a broken
+    file, and a missing, unexpected, wrongly shaped or non-float tensor.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        owners: dict[str, tuple[Any, Path]] = {}
+        for path in _weight_files(folder):
+            try:
+                file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+            except (OSError, safetensors.SafetensorError) as error:
+                raise MoraError(f"{path}: not a readable safetensors file ({error})") from error
+            owners |= dict.fromkeys(file.keys(), (file, path))
+
+        def read(name: str) -> np.ndarray:
+            file, path = owners[name]
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _DTYPES:
+                raise MoraError(f"{path}: tensor {name!r} has dtype {kind}; known: {', '.join(_DTYPES)}")
+            return file.get_tensor(name)
+
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in owners.items()}
+        ignored = {"lm_head.weight"} if config.tie_embeddings else set()
+        return assemble(
+            config, dtype, "hf", shapes, read, folder,
+            ignored=lambda name: name in ignored or name.endswith("rotary_emb.inv_freq"),
+        )  # fmt: skip
+
+
+def save_params(params: Params, config: DecoderConfig, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json` that transformers' LlamaForCausalLM loads.
+
+    `params` are numpy or JAX arrays in the decoder's layout; the file keeps their dtypes. Raises MoraError for a
+    parameter that is missing, unknown, of a wrong shape or not of a float dtype.
+    """
+    folder = Path(folder)
+    content = config.to_hf()
+    flat = flatten_dict(params, sep="/")
+    _check_params(flat, config)
+    content["dtype"] = flat["embed/embedding"].dtype.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_safetensors(folder / WEIGHTS_FILE, flat, config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises MoraError for a missing file, broken JSON or another top-level value."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoraError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise MoraError(f"{path}: holds a JSON {type(content).__name__}; it must be an object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        # A shard is a file of this folder; an index must not lead the reader elsewhere.
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+            raise MoraError(f"{index}: 'weight_map' must map every tensor to a file name in the same folder")
+        return [folder / shard for shard in sorted(set(shards.values()))]
+    if (folder / WEIGHTS_FILE).exists():
+        return [folder / WEIGHTS_FILE]
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise MoraError(
+            f"{folder}: only pickled weights ({pickles[0]}), which are never loaded because they can run code; convert "
+            f"them to {WEIGHTS_FILE}"
+        )
+    raise MoraError(f"{folder}: no weights; known: {WEIGHTS_FILE}, {INDEX_FILE} with its shards")
+
+
+def _check_params(flat: dict[str, Any], config: DecoderConfig) -> None:
+    wanted = {row.ours: param_shape(row, config) for row in rows(config)}
+    if missing := wanted.keys() - flat.keys():
+        raise MoraError(f"missing parameter {min(missing)!r} of shape {list(wanted[min(missing)])}")
+    for path, array in flat.items():
+        if path not in wanted:
+            raise MoraError(f"unexpected parameter {path!r}; this config has {', '.join(wanted)}")
+        if array.shape != wanted[path]:
+            raise MoraError(f"parameter {path!r} has shape {list(array.shape)}, the config says {list(wanted[path])}")
+        if array.dtype.name not in _DTYPES.values():
+            raise MoraError(f"parameter {path!r} has dtype {array.dtype.name}; known: {', '.join(_DTYPES.values())}")
+
+
+def _write_safetensors(path: Path, flat: dict[str, Any], config: DecoderConfig) -> None:
+    """Stream one tensor at a time; `safetensors.numpy.save_file` would hold two more copies of the model.
+
+    The format (safetensors README, "Format"): u64 length of a JSON header, the header, the tensors without gaps.
+    """
+    kinds = {name: kind for kind, name in _DTYPES.items()}
+    # Wide dtypes first keep every tensor aligned to its item size.
+    order: list[Entry] = sorted(entries(config, "hf"), key=lambda entry: -flat[entry.row.ours].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for row, _, name, shape in order:
+        start, dtype = end, flat[row.ours].dtype
+        end += int(np.prod(shape)) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    current, stack = "", np.empty(0)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for row, layer, _, _ in order:
+            if row.ours != current:
+                # One transfer for a whole stack rather than one for each layer.
+                current, stack = row.ours, np.asarray(jax.device_get(flat[row.ours]))
+            tensor = stack if layer is None else stack[layer]
+            out.write(np.ascontiguousarray(tensor.T if row.transform == "transpose" else tensor).tobytes())

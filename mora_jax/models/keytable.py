@@ -1,0 +1,180 @@
+"""One table that says where every decoder tensor lives: in our parameters, in a Hugging Face file and in a GGUF file.
+
+Readers and writers walk this table and hold no names of their own. Hugging Face names are those of transformers'
+`LlamaForCausalLM`, GGUF names those of gguf-py (`gguf/constants.py`, MODEL_ARCH.LLAMA). Both store a dense weight as
+[d_out, d_in], ours is [d_in, d_out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Shaped
+
+from mora_jax.errors import MoraError
+from mora_jax.models.decoder_config import DecoderConfig
+
+# A nested dict of arrays, the "params" collection of the decoder.
+Params = dict[str, Any]
+Format = Literal["hf", "gguf"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of tensor.
+
+    `ours` is the path in the parameters; rows below `layers/` are stacked on a leading [layers] axis. `dims` names our
+    shape of one layer (see `_widths`). `transform` turns the stored tensor into ours. `rotary` is the config field that
+    counts the heads of a tensor whose rows GGUF stores in another order (see `unpermute_rotary`), or empty.
+    """
+
+    ours: str
+    hf: str
+    gguf: str
+    dims: tuple[str, ...]
+    transform: Literal["transpose", "none"] = "none"
+    rotary: Literal["", "heads", "kv_heads"] = ""
+    present: Callable[[DecoderConfig], bool] = lambda config: True
+
+
+_QKV_BIAS, _O_BIAS, _MLP_BIAS = attrgetter("attention_bias"), attrgetter("output_bias"), attrgetter("mlp_bias")
+_L, _B = "model.layers.{layer}.", "blk.{layer}."
+_A, _M = _L + "self_attn.", _L + "mlp."
+
+TABLE = (
+    Row("embed/embedding", "model.embed_tokens.weight", "token_embd.weight", ("vocab", "d")),
+    Row("layers/attn_norm/scale", _L + "input_layernorm.weight", _B + "attn_norm.weight", ("d",)),
+    Row("layers/attn/q/kernel", _A + "q_proj.weight", _B + "attn_q.weight", ("d", "q"), "transpose", "heads"),
+    Row("layers/attn/k/kernel", _A + "k_proj.weight", _B + "attn_k.weight", ("d", "kv"), "transpose", "kv_heads"),
+    Row("layers/attn/v/kernel", _A + "v_proj.weight", _B + "attn_v.weight", ("d", "kv"), "transpose"),
+    Row("layers/attn/o/kernel", _A + "o_proj.weight", _B + "attn_output.weight", ("q", "d"), "transpose"),
+    Row("layers/attn/q/bias", _A + "q_proj.bias", _B + "attn_q.bias", ("q",), "none", "heads", _QKV_BIAS),
+    Row("layers/attn/k/bias", _A + "k_proj.bias", _B + "attn_k.bias", ("kv",), "none", "kv_heads", _QKV_BIAS),
+    Row("layers/attn/v/bias", _A + "v_proj.bias", _B + "attn_v.bias", ("kv",), "none", "", _QKV_BIAS),
+    Row("layers/attn/o/bias", _A + "o_proj.bias", _B + "attn_output.bias", ("d",), "none", "", _O_BIAS),
+    Row("layers/mlp_norm/scale", _L + "post_attention_layernorm.weight", _B + "ffn_norm.weight", ("d",)),
+    Row("layers/mlp/gate/kernel", _M + "gate_proj.weight", _B + "ffn_gate.weight", ("d", "ff"), "transpose"),
+    Row("layers/mlp/up/kernel", _M + "up_proj.weight", _B + "ffn_up.weight", ("d", "ff"), "transpose"),
+    Row("layers/mlp/down/kernel", _M + "down_proj.weight", _B + "ffn_down.weight", ("ff", "d"), "transpose"),
+    Row("layers/mlp/gate/bias", _M + "gate_proj.bias", _B + "ffn_gate.bias", ("ff",), "none", "", _MLP_BIAS),
+    Row("layers/mlp/up/bias", _M + "up_proj.bias", _B + "ffn_up.bias", ("ff",), "none", "", _MLP_BIAS),
+    Row("layers/mlp/down/bias", _M + "down_proj.bias", _B + "ffn_down.bias", ("d",), "none", "", _MLP_BIAS),
+    Row("final_norm/scale", "model.norm.weight", "output_norm.weight", ("d",)),
+    Row("lm_head/kernel", "lm_head.weight", "output.weight", ("d", "vocab"), "transpose",
+        present=lambda config: not config.tie_embeddings),
+)  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """One stored tensor: its row, its layer (None outside `layers/`), its name and its shape in the file."""
+
+    row: Row
+    layer: int | None
+    name: str
+    stored_shape: tuple[int, ...]
+
+
+def rows(config: DecoderConfig) -> list[Row]:
+    """The rows of the table that a model with this config has."""
+    return [row for row in TABLE if row.present(config)]
+
+
+def param_shape(row: Row, config: DecoderConfig) -> tuple[int, ...]:
+    """The shape of a row in our parameters, with the leading [layers] axis where it is stacked."""
+    shape = _layer_shape(row, config)
+    return (config.layers, *shape) if _stacked(row) else shape
+
+
+def entries(config: DecoderConfig, fmt: Format) -> Iterator[Entry]:
+    """Every tensor that a file of format `fmt` holds for this config, layer by layer within a row."""
+    for row in rows(config):
+        shape = _layer_shape(row, config)
+        stored = shape[::-1] if row.transform == "transpose" else shape
+        for layer in range(config.layers) if _stacked(row) else (None,):
+            yield Entry(row, layer, getattr(row, fmt).format(layer=layer), stored)
+
+
+def assemble(
+    config: DecoderConfig,
+    dtype: Any,
+    fmt: Format,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Shaped[np.ndarray, "..."]],
+    source: object,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> Params:
+    """Build the decoder's parameters from a file, one tensor at a time.
+
+    `shapes` maps every tensor of the file to its stored shape, `read` returns one of them in that shape. Each stacked
+    array is allocated once in `dtype`, so the host holds the model plus one tensor. Returns numpy arrays.
+    Raises MoraError, before anything is read, for a missing tensor, a wrong shape, or a tensor that the config has no
+    place for and that is not `ignored`.
+    """
+    wanted = list(entries(config, fmt))
+    _check_shapes(wanted, shapes, config, source, ignored)
+    dtype = np.dtype(dtype)
+    flat = {row.ours: np.empty(param_shape(row, config), dtype) for row in rows(config)}
+    for row, layer, name, _ in wanted:
+        tensor = read(name)
+        if fmt == "gguf" and row.rotary:
+            tensor = unpermute_rotary(tensor, getattr(config, row.rotary))
+        # The assignment casts, so no second array in the target dtype is made.
+        flat[row.ours][... if layer is None else layer] = tensor.T if row.transform == "transpose" else tensor
+    return unflatten_dict(flat, sep="/")
+
+
+def unpermute_rotary(tensor: Shaped[np.ndarray, "rows *rest"], heads: int) -> Shaped[np.ndarray, "rows *rest"]:
+    """Undo the row order of q and k in a llama GGUF.
+
+    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, Hugging Face and we rotate rows (i, i + head_dim/2). Its
+    converter therefore interleaves the halves of every head, weights and biases alike (convert_hf_to_gguf.py,
+    LlamaModel.permute); this is the inverse. `tensor` is [heads * head_dim, ...].
+    """
+    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _stacked(row: Row) -> bool:
+    return row.ours.startswith("layers/")
+
+
+def _layer_shape(row: Row, config: DecoderConfig) -> tuple[int, ...]:
+    widths = {
+        "vocab": config.vocab_size,
+        "d": config.d_model,
+        "ff": config.d_ff,
+        "q": config.heads * config.head_dim,
+        "kv": config.kv_heads * config.head_dim,
+    }
+    return tuple(widths[name] for name in row.dims)
+
+
+def _check_shapes(
+    wanted: Collection[Entry],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: DecoderConfig,
+    source: object,
+    ignored: Callable[[str], bool],
+) -> None:
+    for entry in wanted:
+        if entry.name not in shapes:
+            raise MoraError(f"{source}: missing tensor {entry.name!r}, expected with shape {list(entry.stored_shape)}")
+        if tuple(shapes[entry.name]) != entry.stored_shape:
+            raise MoraError(
+                f"{source}: tensor {entry.name!r} has shape {list(shapes[entry.name])}, "
+                f"the config says {list(entry.stored_shape)}"
+            )
+    names = {entry.name for entry in wanted}
+    for name in shapes:
+        if name not in names and not ignored(name):
+            raise MoraError(
+                f"{source}: unexpected tensor {name!r} of shape {list(shapes[name])}; a Llama decoder with "
+                f"layers={config.layers}, tie_embeddings={config.tie_embeddings}, "
+                f"attention_bias={config.attention_bias}, output_bias={config.output_bias}, "
+                f"mlp_bias={config.mlp_bias} has none of that name"
+            )

@@ -1,0 +1,58 @@
+"""The one seam between models and methods: a dense layer that adds an adapter's update when it is given a bank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mora_jax.methods import gates
+from mora_jax.methods.method import Method
+
+
+class Dense(nn.Module):
+    """y = x W (+ bias) (+ the method's update, where the collections `bank` and `fresh` hold this site's experts).
+
+    W is [d_in, d_out]. Without a bank this is a plain dense layer, so the frozen model costs nothing extra. When the
+    collection `stats` is mutable it receives `active`, the number of active experts per token ([...] of x, int32).
+    """
+
+    features: int
+    use_bias: bool = False
+    method: Method | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.dtype)
+        y = jnp.dot(x, kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape).astype(self.dtype)
+        if not self.has_variable("bank", "keys"):
+            return y
+        bank = {name: self.get_variable("bank", name) for name in ("keys", "values", "live")}
+        fresh = None
+        if self.has_variable("fresh", "keys"):
+            fresh = {name: self.get_variable("fresh", name) for name in ("keys", "values")}
+        if self.is_mutable_collection("stats") and self.method.has_gates:
+            active = (gates.gates(x, bank, fresh, self.method) > gates.ACTIVE).sum(axis=-1, dtype=jnp.int32)
+            self.put_variable("stats", "active", active)
+        return y + gates.update(x, bank, fresh, self.method)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
+
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide.astype(self.dtype) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(self.dtype)
