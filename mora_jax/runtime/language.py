@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import grain
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from mora_jax.benchmarks.stream import Task
+from mora_jax.data import text
+from mora_jax.methods.method import Method
 from mora_jax.models.decoder import Decoder, causal_mask
+from mora_jax.models.registry import DTYPES, LanguageModel
+from mora_jax.runtime.distributed import place
+from mora_jax.runtime.generate import Generation, Generator
+
+# Tokens allowed where neither the config nor the task says: the limits of the TRACE runs.
+PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
 
 
 def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
@@ -29,3 +41,63 @@ def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[s
     logits = decoder.apply(variables, source, method=Decoder.logits)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.take_along_axis(tokens, target_at, axis=1))
     return jnp.sum(losses * counts) / jnp.maximum(jnp.sum(counts), 1)
+
+
+class LanguageFamily:
+    """A decoder with its tokenizer, placed on a mesh, ready to be taught a stream of text tasks."""
+
+    def __init__(self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh):
+        self.config, self.mesh, self.tokenizer = config, mesh, model.tokenizer
+        self.identity = model.identity
+        self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
+        self.params = place(mesh, model.params)
+        self._generate = Generator(self.decoder, model.tokenizer, mesh)
+
+    @property
+    def site_kinds(self) -> dict[tuple[str, ...], str]:
+        """The path of every dense layer that a method may adapt, with its kind, such as attn/q."""
+        paths = (path[:-1] for path in flatten_dict(self.params) if path[0] == "layers" and path[-1] == "kernel")
+        return {path: "/".join(path[1:]) for path in paths}
+
+    def loss(self, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
+        return answer_loss(self.decoder, variables, batch)
+
+    def limits(self, task: Task) -> text.Limits:
+        """Token limits of a task: the config's where it has them, else the task's, else the defaults above."""
+        train = self.config["train"]
+        return text.Limits(
+            prompt=train["max_prompt_tokens"] or task.max_prompt_tokens or PROMPT_TOKENS,
+            answer=train["max_answer_tokens"] or task.max_answer_tokens or ANSWER_TOKENS,
+            bucket=train["length_bucket"],
+        )
+
+    def train_data(self, task: Task, index: int, steps: int, epochs: int) -> tuple[grain.DatasetIterator, int, int]:
+        """(batches from the first step on, their number, prompts cut to the limit) for task number `index`."""
+        examples = task.split("train")
+        limits = self.limits(task)
+        records, cut = text.encode_records([e.prompt for e in examples], [e.answer for e in examples], self.tokenizer, limits)
+        plan = text.plan_batches(
+            records,
+            limits=limits,
+            batch_size=self.config["train"]["batch_size"],
+            steps=steps,
+            epochs=epochs,
+            seed=self.config["seed"] * 1000 + index,
+            pad_id=self.tokenizer.pad_id,
+        )
+        return text.pipeline(plan), len(plan), cut
+
+    def predict(
+        self, variables: Mapping[str, Any], task: Task, prompts: Sequence[str], after_batch: Callable[[int], None]
+    ) -> Generation:
+        """What the model answers, in text."""
+        evaluation = self.config["eval"]
+        limits = self.limits(task)
+        return self._generate(
+            variables,
+            prompts,
+            max_prompt_tokens=limits.prompt,
+            max_new_tokens=evaluation["max_new_tokens"] or task.max_new_tokens or limits.answer,
+            batch_size=evaluation["batch_size"],
+            after_batch=after_batch,
+        )

@@ -1,0 +1,110 @@
+"""Checkpoints that survive: orbax for the arrays, a manifest of SHA-256 sums written last, restore newest first.
+
+A checkpoint is a folder `checkpoints/<global step>-<phase>` with `arrays/` (orbax), `meta.json` and `MANIFEST.json`. Orbax
+notices a missing file but restores a flipped byte silently; the manifest does not. A folder without a manifest was never
+finished and counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from mora_jax.errors import MoraError
+from mora_jax.runtime.writers import write_json
+
+MANIFEST = "MANIFEST.json"
+
+
+def _name(step: int, task: int, phase: str) -> str:
+    """Sorts by time: a task is first trained (several checkpoints), then frozen, then evaluated."""
+    order = {"training": 0, "trained": 1, "evaluated": 2}[phase]
+    return f"{step:08d}-{task + 1:03d}-{order}-{phase}"
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a finished checkpoint, or None."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        return f"{MANIFEST} is not JSON"
+    found = _sums(folder)
+    for name, total in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != total:
+            return f"{name} does not have its SHA-256 sum"
+    return None
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. `keep` bounds those taken inside a task; one per finished task stays."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self.folder = workdir / "checkpoints"
+        self.keep = keep
+        self._orbax = ocp.StandardCheckpointer()
+
+    def finished(self) -> list[Path]:
+        """Folders with a manifest, newest first."""
+        return sorted((p.parent for p in self.folder.glob(f"*/{MANIFEST}")), reverse=True)
+
+    def save(self, arrays: Any, meta: dict[str, Any]) -> Path:
+        """Writes a checkpoint; `meta` holds at least step (global), task and phase. Raises MoraError if it cannot."""
+        folder = self.folder / _name(meta["step"], meta["task"], meta["phase"])
+        try:
+            if folder.exists():
+                self._remove(folder)
+            folder.mkdir(parents=True)
+            self._orbax.save(folder.absolute() / "arrays", arrays)
+            self._orbax.wait_until_finished()
+            write_json(folder / "meta.json", meta)
+            write_json(folder / MANIFEST, _sums(folder))
+        except Exception as problem:  # orbax and tensorstore have no common error for a full or read-only disk
+            shutil.rmtree(folder, ignore_errors=True)
+            raise MoraError(f"cannot write checkpoint {folder}: {problem}; earlier checkpoints are untouched") from problem
+        self._thin(meta)
+        return folder
+
+    def restore(self, target: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any] | None:
+        """(meta, arrays) of the newest intact checkpoint, or None if there is none; `target(meta)` gives shapes.
+
+        Damaged ones are named on stderr and passed over. Raises MoraError if all that exist are damaged.
+        """
+        damaged = []
+        for folder in self.finished():
+            damage = _damage(folder)
+            if damage is None:
+                meta = json.loads((folder / "meta.json").read_text())
+                return meta, self._orbax.restore(folder.absolute() / "arrays", target(meta))
+            print(f"checkpoint {folder.name} is damaged and passed over: {damage}", file=sys.stderr, flush=True)
+            damaged.append(folder.name)
+        if damaged:
+            raise MoraError(f"every checkpoint in {self.folder} is damaged ({', '.join(damaged)}); use another --workdir")
+        return None
+
+    def _thin(self, meta: dict[str, Any]) -> None:
+        finished = self.finished()
+        inside = [p for p in finished if p.name.endswith("-training")]
+        drop = inside[self.keep :]
+        if meta["phase"] == "evaluated":  # holds all that the one before the evaluation held
+            drop += [p for p in finished if p.name == _name(meta["step"], meta["task"], "trained")]
+        for folder in drop:
+            self._remove(folder)
+
+    @staticmethod
+    def _remove(folder: Path) -> None:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a kill in between leaves no half with a manifest
+        shutil.rmtree(folder)

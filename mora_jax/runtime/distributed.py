@@ -1,0 +1,88 @@
+"""The mesh, and which axis of which array is cut over it: lists of (regex on the path, rule).
+
+Keys are cut like the input axis of the kernel beside them and values like its output axis, so an adapter never moves what
+its layer keeps in place. "pjit" is `jax.jit` over arrays with a `NamedSharding`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mora_jax.errors import MoraError
+
+AXES = ("data", "fsdp", "model")
+
+# Axis 0 of everything under `layers` is the scan over layers. Kernels that widen are cut (in, out) = (fsdp, model), kernels
+# that narrow the other way round, so that the activation between them stays cut over `model`.
+WIDE, NARROW = ("fsdp", "model"), ("model", "fsdp")
+RULES: tuple[tuple[str, P], ...] = (
+    (r"layers/.*(q|k|v|gate|up)/kernel", P(None, *WIDE)),
+    (r"layers/.*(o|down)/kernel", P(None, *NARROW)),
+    (r"layers/.*(q|k|v|gate|up)/keys", P(None, None, WIDE[0])),
+    (r"layers/.*(q|k|v|gate|up)/values", P(None, None, WIDE[1])),
+    (r"layers/.*(o|down)/keys", P(None, None, NARROW[0])),
+    (r"layers/.*(o|down)/values", P(None, None, NARROW[1])),
+    (r"embed/embedding", P("model", "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "model")),
+)
+
+
+def make_mesh(config: Mapping[str, int]) -> Mesh:
+    """A mesh of all devices; one axis may be -1, which takes what the others leave. Raises MoraError if it cannot fit."""
+    sizes = [config[axis] for axis in AXES]
+    devices = jax.devices()
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise MoraError(f"mesh.{{data,fsdp,model}}={sizes} must be positive, with at most one -1 for the rest")
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        raise MoraError(f"mesh.{{data,fsdp,model}}={sizes} does not multiply to the {len(devices)} devices here")
+    return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """The first rule that matches the end of the path; an axis that does not divide evenly stays whole."""
+    for pattern, rule in RULES:
+        if re.search(rf"(^|/){pattern}$", path):
+            cut = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(rule, shape, strict=True)]
+            return NamedSharding(mesh, P(*cut))
+    return NamedSharding(mesh, P())
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """A sharding for every array of a tree, by its path; an optimiser's moments are cut like what they belong to."""
+
+    def one(path, leaf):
+        return _sharding(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """The tree on the devices, cut by the rules."""
+    return jax.device_put(tree, shardings(mesh, tree))
+
+
+def abstract(mesh: Mesh, shapes: Any) -> Any:
+    """Shapes with the shardings that `place` would give them: what a restore fills in."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings(mesh, shapes)
+    )
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+    """A batch on the devices; arrays with `rows` leading rows are cut over data and fsdp, the rest is copied."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    by_row = P(("data", "fsdp")) if rows % ways == 0 else P()
+    return {
+        name: jax.device_put(value, NamedSharding(mesh, by_row if value.shape[:1] == (rows,) else P()))
+        for name, value in batch.items()
+    }

@@ -1,0 +1,130 @@
+"""Greedy text from a decoder: left-padded prompts, a static key-value cache, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+from jax.sharding import Mesh
+
+from mora_jax.data import text
+from mora_jax.models.decoder import Cache, Decoder
+from mora_jax.models.tokenizer import Tokenizer
+from mora_jax.runtime.distributed import place_batch
+
+PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
+
+
+class GateCounts(NamedTuple):
+    """Sums over prompt tokens and sites: how many pairs there are, how many experts are active, how many pairs have none."""
+
+    pairs: int = 0
+    active: int = 0
+    none: int = 0
+
+    def __add__(self, other: GateCounts) -> GateCounts:
+        return GateCounts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Generation(NamedTuple):
+    """Texts in the order of the prompts, how many prompts were cut, and what the gates did on the prompts."""
+
+    texts: list[str]
+    truncated: int
+    gates: GateCounts
+
+
+class Generator:
+    """Greedy decoding for one decoder and tokenizer; compiles once per (bank capacity, prompt bucket, answer bucket)."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh):
+        self.decoder, self.tokenizer, self.mesh = decoder, tokenizer, mesh
+        self._run = jax.jit(self._generate, static_argnames="capacity")
+
+    def __call__(
+        self,
+        variables: Mapping[str, Any],
+        prompts: Sequence[str],
+        *,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        batch_size: int,
+        after_batch: Callable[[int], None],
+    ) -> Generation:
+        """Answers to all prompts. `after_batch(n)` is called with the number of prompts a batch has answered."""
+        encoded, truncated = text.encode_prompts(prompts, self.tokenizer, max_prompt_tokens)
+        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))  # alike lengths share a bucket
+        capacity = text.bucket(max_new_tokens, ANSWER_BUCKET, 1 << 30)
+        texts, gates = [""] * len(encoded), GateCounts()
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            rows = [encoded[i] for i in members]
+            width = text.bucket(max(map(len, rows)), PROMPT_BUCKET, max_prompt_tokens)
+            tokens = np.full((batch_size, width), self.tokenizer.pad_id, np.int32)
+            length = np.zeros(batch_size, np.int32)  # rows that fill up the batch have length 0
+            for i, row in enumerate(rows):
+                tokens[i, width - len(row) :] = row
+                length[i] = len(row)
+            batch = place_batch(self.mesh, {"tokens": tokens, "length": length}, batch_size)
+            ids, counts = jax.device_get(self._run(variables, batch, jnp.int32(max_new_tokens), capacity=capacity))
+            gates += GateCounts(*map(int, counts))
+            for i, row in zip(members, ids, strict=False):
+                texts[i] = self.tokenizer.decode(_until(row.tolist(), self.tokenizer.eos_id))
+            after_batch(len(members))
+        return Generation(texts, truncated, gates)
+
+    def _generate(self, variables, batch, max_new, *, capacity: int):
+        tokens, length = batch["tokens"], batch["length"]
+        b, width = tokens.shape
+        slots = jnp.arange(width + capacity)[None, None]  # [1 1 slots]
+        padding = (width - length)[:, None]
+        cache = Cache.empty(self.decoder.config, b, width + capacity, self.decoder.dtype)
+
+        def forward(tokens, cache, **options):
+            at = cache.end + jnp.arange(tokens.shape[1])[None]
+            mask = (slots <= at[..., None]) & (slots >= padding[..., None])
+            positions = jnp.maximum(at - padding, 0)
+            return self.decoder.apply(variables, tokens, positions, mask, cache, **options)
+
+        def choose(hidden) -> Int[Array, " b"]:
+            logits = self.decoder.apply(variables, hidden[:, -1], method=Decoder.logits)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        (hidden, cache), stats = forward(tokens, cache, mutable=["stats"])
+        first = choose(hidden)
+        ids = jnp.full((b, capacity), self.tokenizer.eos_id, jnp.int32).at[:, 0].set(first)
+        done = (first == self.tokenizer.eos_id) | (length == 0)
+
+        def going(state):
+            _, step, done, _ = state
+            return (step < max_new) & ~jnp.all(done)
+
+        def advance(state):
+            ids, step, done, cache = state
+            hidden, cache = forward(jax.lax.dynamic_slice_in_dim(ids, step - 1, 1, axis=1), cache)
+            token = jnp.where(done, self.tokenizer.eos_id, choose(hidden))
+            ids = jax.lax.dynamic_update_slice_in_dim(ids, token[:, None], step, axis=1)
+            return ids, step + 1, done | (token == self.tokenizer.eos_id), cache
+
+        ids, *_ = jax.lax.while_loop(going, advance, (ids, jnp.int32(1), done, cache))
+        real = jnp.arange(width)[None] >= padding
+        return ids, _count(stats.get("stats", {}), real)
+
+
+def _count(stats: Mapping, real) -> tuple:
+    """The three sums of `GateCounts` over the real tokens of all sites; `active` is [layers b t] at each site."""
+    pairs = active = none = jnp.int32(0)
+    for leaf in jax.tree.leaves(stats):
+        mask = jnp.broadcast_to(real[None], leaf.shape)
+        pairs += jnp.sum(mask, dtype=jnp.int32)
+        active += jnp.sum(jnp.where(mask, leaf, 0), dtype=jnp.int32)
+        none += jnp.sum(mask & (leaf == 0), dtype=jnp.int32)
+    return pairs, active, none
+
+
+def _until(ids: list[int], stop: int) -> list[int]:
+    return ids[: ids.index(stop)] if stop in ids else ids

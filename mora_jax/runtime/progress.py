@@ -1,0 +1,135 @@
+"""How far a run has come: everything a checkpoint stores beside arrays, and what results.json is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import mora_jax
+from mora_jax.metrics import continual
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "gguf")
+
+
+@dataclasses.dataclass
+class Progress:
+    """Counted from 0; task -1 is the zero-shot row. `phase`: training, trained (frozen, not evaluated) or evaluated."""
+
+    task: int = -1
+    phase: str = "training"
+    step: int = 0  # global: over all tasks
+    task_step: int = 0
+    data: dict[str, Any] | None = None  # position of the Grain iterator
+    zero_shot: list[float | None] = dataclasses.field(default_factory=list)
+    zero_shot_lenient: list[float | None] = dataclasses.field(default_factory=list)
+    R: list[list[float | None]] = dataclasses.field(default_factory=list)
+    gates: list[list[int]] = dataclasses.field(default_factory=list)  # per evaluated row: pairs, active, none
+    truncated: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # task -> split -> prompts
+    task_seconds: list[float] = dataclasses.field(default_factory=list)
+    wall_seconds: float = 0.0
+    train_traces: int = 0  # the most that any process needed
+
+    def widen(self, tasks: int) -> None:
+        """Makes room for all tasks of the stream; what has not been measured is None."""
+        for row in (self.zero_shot, self.zero_shot_lenient, *self.R):
+            row.extend([None] * (tasks - len(row)))
+        self.R.extend([None] * tasks for _ in range(tasks - len(self.R)))
+        self.gates.extend([0, 0, 0] for _ in range(tasks - len(self.gates)))
+        self.task_seconds.extend([0.0] * (tasks - len(self.task_seconds)))
+
+    def matrix(self) -> np.ndarray:
+        """R as floats, NaN where not evaluated."""
+        return np.array([[np.nan if v is None else v for v in row] for row in self.R], float)
+
+    def summary(self, trains: bool) -> dict[str, float | None]:
+        """The scores of the finished part of the stream: tasks that have their row in R."""
+        if not trains:
+            known = [value for value in self.zero_shot if value is not None]
+            return continual.summary_of_zero_shot(np.array(known)) if known else dict.fromkeys(continual.summary(np.ones((1, 1))))
+        taught = self.task + (self.phase == "evaluated")
+        if taught < 1:
+            return dict.fromkeys(continual.summary(np.ones((1, 1))))
+        return continual.summary(self.matrix()[:taught, :taught])
+
+    def gate_report(self) -> tuple[float | None, float | None]:
+        """(mean active experts, share of none) per prompt token and site, over the newest evaluated row."""
+        rows = [row for row in self.gates if row[0]]
+        if not rows:
+            return None, None
+        pairs, active, none = rows[-1]
+        return active / pairs, none / pairs
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a request that the loop answers at its next safe place."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:  # asked twice: stop now
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+
+class Stopped(Exception):
+    """The run was asked to stop and everything worth keeping is saved."""
+
+
+def versions() -> dict[str, str]:
+    ours = {"mora_jax": mora_jax.__version__, "python": platform.python_version()}
+    return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def device() -> str:
+    """Platform, kind and number of devices; on a CPU its name and core count too."""
+    kind = jax.devices()[0]
+    name = f"{kind.platform} {kind.device_kind} x {jax.device_count()}"
+    if kind.platform != "cpu":
+        return name
+    return f"{name} ({_cpu_name()}, {len(os.sched_getaffinity(0))} cores)"
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def rounded(values: Sequence[float | None]) -> list[float | None]:
+    return [None if v is None else round(v, 4) for v in values]
+
+
+def results(progress: Progress, facts: Mapping[str, Any], timing: Mapping[str, Any], *, trains: bool, complete: bool) -> dict[str, Any]:
+    """The content of results.json. `facts` are the keys that do not change while a run goes on."""
+    active, none = progress.gate_report()
+    return {
+        **facts,
+        "R": [rounded(row) for row in progress.R] if trains else None,
+        "zero_shot": rounded(progress.zero_shot),
+        "baselines": {**facts["baselines"], "zero_shot_lenient": rounded(progress.zero_shot_lenient)},
+        "summary": {name: None if v is None else round(v, 4) for name, v in progress.summary(trains).items()},
+        "train_traces": progress.train_traces,
+        **timing,
+        "active_experts_mean": None if active is None else round(active, 4),
+        "tokens_without_expert": None if none is None else round(none, 6),
+        "prompts_truncated": sum(sum(splits.values()) for splits in progress.truncated.values()),
+        "task_seconds": [round(s, 2) for s in progress.task_seconds],
+        "wall_seconds": round(progress.wall_seconds, 2),
+        "complete": complete,
+    }

@@ -1,0 +1,410 @@
+"""THE train binary: teaches a frozen model one task after another and fills the matrix R.
+
+    python -m mora_jax.train --config=configs/llm_cl.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
+
+Read it from top to bottom. It knows neither tokens nor experts: it loops over tasks and steps, and asks the model family
+for batches, a loss and predictions, the method for what is trained, and the task for a score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax import config as configs
+from mora_jax.benchmarks import stream
+from mora_jax.data import packages
+from mora_jax.errors import MoraError
+from mora_jax.methods import bank as banks
+from mora_jax.methods import boundaries
+from mora_jax.methods.method import from_config
+from mora_jax.methods.presets import PRESETS
+from mora_jax.metrics.text import METRICS, metric
+from mora_jax.models.registry import MODELS, load_model
+from mora_jax.runtime import distributed
+from mora_jax.runtime.checkpoint import Checkpoints
+from mora_jax.runtime.display import Display
+from mora_jax.runtime.generate import GateCounts
+from mora_jax.runtime.language import LanguageFamily
+from mora_jax.runtime.optimizer import make_optimizer
+from mora_jax.runtime.progress import Progress, Stopped, StopSignals, device, results, versions
+from mora_jax.runtime.state import TrainState, count_parameters
+from mora_jax.runtime.step import TrainStep
+from mora_jax.runtime.writers import MetricsLog, locked, write_json, write_lines
+
+
+class Run:
+    """One stream in one workdir. The methods stand in the order in which `teach` calls them."""
+
+    def __init__(self, config: Any, workdir: Path, command: str):
+        self.config, self.workdir, self.command = config, workdir, command
+        self.display, self.signals, self.started = Display(), StopSignals(), time.monotonic()
+
+        # ---------------------------------------------------------------- tasks, method, model
+        c = config.benchmark
+        loaded = stream.load(
+            c.name,
+            c.root,
+            configs.names(c.tasks),
+            metrics=configs.pairs("benchmark.metrics", c.metrics),
+            split_seed=c.split_seed,
+        )
+        self.tasks = [task.limited(c.train_limit, c.eval_limit) for task in loaded]
+        self.names = [task.name for task in self.tasks]
+        self.lengths = configs.lengths(config, self.names)
+        self.method = from_config(config.method, config.kernel)
+        for task in self.tasks:  # a missing split is known before any work
+            task.split(config.eval.split)
+            if self.method.trains:
+                task.split("train")
+        self.mesh = distributed.make_mesh(config.mesh)
+        self.family = LanguageFamily(load_model(config.model, config.seed), self.method, config, self.mesh)
+        self.sites = banks.find_sites(self.family.params, self.family.site_kinds, self.method)
+
+        # ---------------------------------------------------------------- what is trained, and how
+        self.optimizer = make_optimizer(config.train)
+        self.step = TrainStep(self.family.loss, self.optimizer, config.train.schedule, config.train.learning_rate)
+        self.bank = self.state = None
+
+        # ---------------------------------------------------------------- where it goes
+        self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        self.fingerprint = configs.fingerprint(config, self.family.identity)
+        self.progress = self.resume()
+        self.progress.widen(len(self.tasks))
+        self.earlier_seconds = self.progress.wall_seconds
+        self.earlier_traces = self.progress.train_traces
+        self.log = MetricsLog(workdir, self.progress.step, config.log.tensorboard)
+
+    # -------------------------------------------------------------------- resume
+
+    def stream_record(self) -> list[dict[str, Any]]:
+        """What decides each task's part in the results, in order; an old run's list must be a prefix of the new one's."""
+        return [
+            {"task": task.name, "data": task.digest, "steps": steps, "epochs": epochs}
+            for task, (steps, epochs) in zip(self.tasks, self.lengths, strict=True)
+        ]
+
+    def target(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Shapes and shardings of the arrays in a checkpoint; refuses one of another experiment."""
+        changed = configs.differences(meta["fingerprint"], self.fingerprint)
+        for i, (old, new) in enumerate(zip(meta["stream"], self.stream_record(), strict=False)):
+            changed += configs.differences({f"task {i} {k}": v for k, v in old.items()}, {f"task {i} {k}": v for k, v in new.items()})
+        if len(meta["stream"]) > len(self.tasks):
+            gone = ", ".join(row["task"] for row in meta["stream"][len(self.tasks) :])
+            changed.append(f"benchmark.tasks no longer holds {gone}")
+        if changed:
+            raise MoraError(f"--workdir={self.workdir} holds another experiment; use another --workdir. {'; '.join(changed)}")
+
+        def make() -> dict[str, Any]:
+            bank, fresh = banks.empty(self.sites, self.method.capacity(max(meta["task"], 0))), {}
+            if meta["phase"] == "training":
+                fresh = banks.new_fresh(self.sites, self.method, 0, 0)
+            return self.arrays(bank, TrainState.create(fresh, self.optimizer) if fresh else None)
+
+        return distributed.abstract(self.mesh, jax.eval_shape(make))
+
+    @staticmethod
+    def arrays(bank: Any, state: TrainState | None) -> dict[str, Any]:
+        """What a checkpoint holds: never the backbone."""
+        kept = {"bank": bank, "layout": jnp.ones((), jnp.int32)}  # orbax wants at least one array
+        return kept | ({"state": dict(vars(state))} if state else {})
+
+    def resume(self) -> Progress:
+        restored = self.checkpoints.restore(self.target)
+        if restored is None:
+            self.bank = self.new_bank()
+            return Progress()
+        meta, arrays = restored
+        self.bank = arrays["bank"]
+        if "state" in arrays:
+            self.state = TrainState(**arrays["state"])
+        progress = Progress(**meta["progress"])
+        where = "zero-shot" if progress.task < 0 else f"task {progress.task + 1} ({self.names[progress.task]})"
+        self.display.say(f"resumed from {self.workdir} at step {progress.step}: {where}, {progress.phase}")
+        return progress
+
+    def new_bank(self) -> dict:
+        return distributed.place(self.mesh, banks.empty(self.sites, self.method.capacity(0)))
+
+    def save(self, phase: str) -> None:
+        p = self.progress
+        p.phase = phase
+        p.wall_seconds = self.earlier_seconds + time.monotonic() - self.started
+        p.train_traces = max(self.earlier_traces, self.step.traces)
+        meta = {
+            "step": p.step,
+            "task": p.task,
+            "phase": phase,
+            "fingerprint": self.fingerprint,
+            "stream": self.stream_record(),
+            "random": f"every draw comes from seed {self.config.seed} and the task's number; there is no running state",
+            "progress": dataclasses.asdict(p),
+        }
+        self.checkpoints.save(self.arrays(self.bank, self.state if phase == "training" else None), meta)
+
+    # -------------------------------------------------------------------- one task
+
+    def train(self, index: int) -> None:
+        """From the first (or the restored) step of task `index` to its last."""
+        p, started = self.progress, time.monotonic()
+        data, steps, cut = self.family.train_data(self.tasks[index], index, *self.lengths[index])
+        p.truncated.setdefault(self.names[index], {})["train"] = cut
+        if p.task != index or p.phase != "training":
+            p.task, p.phase, p.task_step, p.data = index, "training", 0, None
+            bank, fresh = boundaries.append(self.method, self.sites, self.bank, self.config.seed, index)
+            self.bank = distributed.place(self.mesh, bank)
+            self.state = distributed.place(self.mesh, TrainState.create(fresh, self.optimizer))
+        if p.data is not None:
+            data.set_state(p.data)
+        horizon = distributed.place(self.mesh, jnp.float32(steps))
+        spent, rows, waiting, last = p.task_seconds[index], [], [], time.monotonic()
+        title = f"task {index + 1}/{len(self.tasks)} {self.names[index]}"
+
+        def settle() -> None:
+            """Waits for the oldest step in flight, checks its loss and notes its row."""
+            nonlocal last
+            row, metrics = waiting.pop(0)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not np.isfinite(metrics["loss"]):
+                raise MoraError(
+                    f"loss is {metrics['loss']} at step {row['step']} (step {row['task_step']} of task {row['task']}); "
+                    f"stopped before the next checkpoint; try a smaller train.learning_rate ({self.config.train.learning_rate})"
+                )
+            now = time.monotonic()
+            row |= metrics | {"seconds": round(now - last, 4), "tokens_per_second": round(row["tokens"] / (now - last), 1)}
+            last = now
+            rows.append(row)
+            advance(1, f"loss {row['loss']:.3f}  {row['tokens_per_second']:.0f} tokens/s")
+            if len(rows) >= self.config.log.every_steps:
+                self.log.write(rows)
+                rows.clear()
+
+        with self.display.progress(title, "steps", steps, p.task_step) as advance:
+            while p.task_step < steps:
+                batch = next(data)
+                traces = self.step.traces
+                placed = distributed.place_batch(self.mesh, batch, self.config.train.batch_size)
+                with jax.transfer_guard_host_to_device("disallow"):
+                    self.state, metrics = self.step(self.state, self.family.params, self.bank, horizon, placed)
+                p.step, p.task_step = p.step + 1, p.task_step + 1
+                row = {
+                    "step": p.step,
+                    "task": self.names[index],
+                    "task_step": p.task_step,
+                    "tokens": int(batch["length"].sum()),
+                    "examples": len(batch["length"]),
+                    "compiled": self.step.traces > traces,
+                }
+                waiting.append((row, metrics))
+                due = p.task_step % self.config.checkpoint.every_steps == 0 and p.task_step < steps
+                stop = self.signals.received is not None
+                while len(waiting) > (0 if due or stop or p.task_step == steps else 1):  # one step stays in flight
+                    settle()
+                p.task_seconds[index] = spent + time.monotonic() - started
+                if due or stop:
+                    p.data = data.get_state()
+                    self.log.write(rows)
+                    rows.clear()
+                    self.save("training")
+                    last = time.monotonic()
+                if stop:
+                    raise Stopped
+        self.log.write(rows)
+        self.bank = distributed.place(self.mesh, boundaries.freeze(self.bank, self.state.fresh))
+        self.state, p.data = None, None
+        self.save("trained")
+
+    # -------------------------------------------------------------------- evaluation
+
+    def evaluate(self, row: str, index: int) -> tuple[float, float, GateCounts]:
+        """(score, lenient score, gate counts) of the bank alone on task `index`; predictions go to disk under `row`."""
+        task, split = self.tasks[index], self.config.eval.split
+        examples = task.split(split)
+        variables = {"params": self.family.params} | ({"bank": self.bank} if self.method.trains else {})
+        with self.display.progress(f"  {row} -> {task.name}", "examples", len(examples)) as advance:
+
+            def after_batch(n: int) -> None:
+                advance(n, "")
+                if self.signals.received is not None:
+                    raise Stopped
+
+            answer = self.family.predict(variables, task, [e.prompt for e in examples], after_batch)
+        self.progress.truncated.setdefault(task.name, {})[split] = answer.truncated
+        score = metric(task.metric).score
+        write_lines(
+            self.workdir / "predictions" / row / f"{task.name}.jsonl",
+            (
+                {"prompt": e.prompt, "answer": e.answer, "prediction": text, "score": round(float(score(text, e.answer)), 4)}
+                for e, text in zip(examples, answer.texts, strict=True)
+            ),
+        )
+        percent, lenient = (task.score(answer.texts, split, lenient=flag) for flag in (False, True))
+        self.log.write_score(f"{task.name}", percent, self.progress.step)
+        return percent, lenient, answer.gates
+
+    def zero_shot(self) -> None:
+        """The row before all training, for tasks that do not have it yet."""
+        p = self.progress
+        missing = [i for i, score in enumerate(p.zero_shot) if score is None]
+        if not missing:
+            return
+        bank, self.bank = self.bank, self.new_bank()  # an empty bank: the frozen model
+        for i in missing:
+            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate("00_zero_shot", i)
+        self.bank = bank
+        if p.task < 0:
+            self.save("evaluated")
+
+    def fill_row(self, index: int) -> None:
+        """Row `index` of R."""
+        last = len(self.tasks) if self.config.eval.future_tasks else index + 1
+        counts = GateCounts()
+        for i in range(last):
+            self.progress.R[index][i], _, gates = self.evaluate(f"{index + 1:02d}_{self.names[index]}", i)
+            counts += gates
+        self.progress.gates[index] = list(counts)
+        self.save("evaluated")
+
+    # -------------------------------------------------------------------- the stream
+
+    def teach(self) -> None:
+        p = self.progress
+        self.introduce()
+        self.zero_shot()
+        self.write_results()
+        while self.method.trains and not self.finished():
+            index = p.task if p.task >= 0 and p.phase != "evaluated" else p.task + 1
+            if p.task != index or p.phase == "training":
+                self.train(index)
+            self.fill_row(index)
+            self.write_results()
+        self.write_results()
+        self.conclude()
+
+    def finished(self) -> bool:
+        p = self.progress
+        return not self.method.trains or (p.task == len(self.tasks) - 1 and p.phase == "evaluated")
+
+    # -------------------------------------------------------------------- reports
+
+    def trainable(self) -> int:
+        if not self.method.trains:
+            return 0
+        return count_parameters(jax.eval_shape(lambda: banks.new_fresh(self.sites, self.method, 0, 0)))
+
+    def sites_count(self) -> int:
+        return sum(site.layers for site in self.sites.values())
+
+    def introduce(self) -> None:
+        c, m = self.config, self.method
+        last = len(self.tasks) - 1
+        bank = count_parameters(jax.eval_shape(lambda: banks.empty(self.sites, m.capacity(last)))) if m.trains else 0
+        self.display.facts("this run", {
+            "benchmark": f"{c.benchmark.name}: {' -> '.join(self.names)}",
+            "model": f"{c.model.name} ({c.model.dtype}), {count_parameters(self.family.params):,} frozen parameters",
+            "method": m.name,
+            "trainable": f"{self.trainable():,} parameters per task: {m.rank if m.trains else 0} experts at {self.sites_count()} sites",
+            "bank": f"{bank:,} parameters when full: up to {m.live_after(last)} experts per site",
+            "global batch": f"{c.train.batch_size} examples a step on {jax.device_count()} device(s)",
+            "device": device(),
+            "workdir": str(self.workdir),
+        })  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        c, split = self.config, self.config.eval.split
+        taught = self.progress.task + (self.progress.phase == "evaluated") - 1
+        stream_hash = {"config": self.fingerprint, "stream": self.stream_record()}
+        return {
+            "benchmark": c.benchmark.name,
+            "tasks": self.names,
+            "metric": [task.metric for task in self.tasks],
+            "baselines": {"majority": [task.majority_percent(split) for task in self.tasks]},
+            "method": c.method.name,
+            "model": c.model.name,
+            "seed": c.seed,
+            "config": c.to_dict(),
+            "fingerprint": configs.digest(stream_hash),
+            "versions": versions(),
+            "trainable_parameters": self.trainable(),
+            "experts_per_site": self.method.live_after(taught),
+            "sites": self.sites_count(),
+            "eval_examples": [len(task.split(split)) for task in self.tasks],
+            "device": device(),
+            "command": self.command,
+        }
+
+    def write_results(self) -> None:
+        self.progress.wall_seconds = self.earlier_seconds + time.monotonic() - self.started
+        content = results(
+            self.progress, self.facts(), self.log.timing(), trains=self.method.trains, complete=self.finished()
+        )
+        write_json(self.workdir / "results.json", content)
+
+    def conclude(self) -> None:
+        p, trains = self.progress, self.method.trains
+        self.display.matrix(self.names, p.zero_shot, p.R if trains else None)
+        if trains:
+            facts = self.facts()["baselines"]
+            baselines = {"zero-shot": p.zero_shot, "zero-shot, lenient": p.zero_shot_lenient, "majority": facts["majority"]}
+            self.display.gains(self.names, p.R[len(self.tasks) - 1], baselines)
+        self.display.summary(p.summary(trains))
+        active, none = p.gate_report()
+        if self.method.has_gates and active is not None:
+            self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
+        self.display.say(f"{self.workdir / 'results.json'} written; {p.wall_seconds:.0f} s in all, train step traced {p.train_traces}x")
+
+
+def print_known() -> None:
+    """What --list prints: every name that a config value can have."""
+    display = Display()
+    tasks = ", ".join(stream.task_names("packaged_text", ""))
+    display.facts("known names", {
+        "benchmark": f"{', '.join(stream.names())} (tasks of packaged_text: {tasks})",
+        "model": ", ".join(MODELS),
+        "method": ", ".join(PRESETS),
+        "metric": ", ".join(METRICS),
+    })  # fmt: skip
+
+
+def run(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(configs.USAGE)
+        return
+    invocation = configs.parse(argv)
+    if invocation.config is None:
+        print_known()
+        return
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(packages.cache_dir() / "xla")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    command = shlex.join(["python", "-m", "mora_jax.train", *argv])
+    with locked(invocation.workdir):
+        Run(invocation.config, invocation.workdir, command).teach()
+
+
+def main() -> int:
+    try:
+        run(sys.argv[1:])
+    except MoraError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        print(f"error: {problem.filename or 'the workdir'}: {problem.strerror}; what was saved before is kept", file=sys.stderr)
+        return 2
+    except Stopped:
+        print("stopped as asked; the same command resumes", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
