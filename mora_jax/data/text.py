@@ -1,8 +1,8 @@
 """Text in, batches out: tokenised records, length buckets, a plan of batches, and a Grain pipeline over the plan.
 
-Prompt and answer are joined as one string and tokenised together, BOS first where the tokenizer has one, EOS last; the loss
-covers the tokens after the length of the tokenised prompt (the TRACE convention, arXiv 2310.06762). Prompts that are too
-long are cut on the left and counted. Masks come from lengths, never from ids, because PAD may equal EOS.
+Prompt and answer are joined as one string and tokenised together, BOS first where the tokenizer has one, EOS last;
+the loss covers the tokens after the length of the tokenised prompt (the TRACE convention, arXiv 2310.06762). Prompts
+that are too long are cut on the left and counted. Masks come from lengths, never from ids, because PAD may equal EOS.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Encoder, limit: int) -> tu
 def encode_records(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: Encoder, limits: Limits
 ) -> tuple[list[Record], int]:
-    """Training records, and how many prompts were cut. An answer that is too long is cut on the right and loses its EOS."""
+    """Training records, and how many prompts were cut. An answer that is too long is cut on the right and loses its
+    EOS.
+    """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     room = limits.prompt - len(bos)
     records, cut = [], 0
@@ -95,7 +97,9 @@ class Plan:
         return len(self.batches)
 
     def __getitem__(self, step: int) -> dict[str, Int[np.ndarray, ...]]:
-        """tokens [b, t], prompt [b] and length [b] (real tokens per row), answers [a]: the offsets that can carry loss."""
+        """tokens [b, t], prompt [b] and length [b] (real tokens per row), answers [a]: the offsets that can carry
+        loss.
+        """
         members, width, answers = self.batches[step]
         rows = [self.records[i] for i in members]
         tokens = np.full((len(rows), width), self.pad_id, np.int32)
@@ -114,11 +118,14 @@ def plan_batches(
 ) -> Plan:
     """A deterministic order of full batches, each from one length bucket.
 
-    Exactly one of `steps` and `epochs` is positive. Every epoch is shuffled by (seed, epoch); records that do not fill a
-    batch wait for their bucket's next epoch, so all are seen equally often. Raises MoraError when a batch can never fill.
+    Exactly one of `steps` and `epochs` is positive. Every epoch is shuffled by (seed, epoch); records that do not
+    fill a batch wait for their bucket's next epoch, so all are seen equally often. Raises MoraError when a batch can
+    never fill.
     """
     if len(records) < batch_size:
-        raise MoraError(f"{len(records)} training records do not fill one batch; train.batch_size={batch_size} is too large")
+        raise MoraError(
+            f"{len(records)} training records do not fill one batch; train.batch_size={batch_size} is too large"
+        )
     width = [bucket(len(r.ids), limits.bucket, limits.total) for r in records]
     steps = steps or epochs * len(records) // batch_size
     waiting: dict[int, list[int]] = {}

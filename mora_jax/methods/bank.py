@@ -44,6 +44,8 @@ def find_sites(params: Mapping, kinds: Mapping[tuple[str, ...], str], method: Me
 
 
 def empty(sites: Sites, capacity: int) -> dict:
+    """A bank without experts and with room for `capacity` of them at every site."""
+
     def rows(site: Site) -> dict:
         return {
             "keys": jnp.zeros((site.layers, capacity, site.d_in), jnp.float32),
@@ -78,7 +80,9 @@ def grow(bank: Mapping, capacity: int) -> dict:
 
 @jax.jit
 def push(bank: Mapping, fresh: Mapping) -> dict:
-    """Fresh experts become the rows after the last live one. Outputs do not change: an expert keeps its scale for life."""
+    """Fresh experts become the rows after the last live one. Outputs do not change: an expert keeps its scale for
+    life.
+    """
 
     def put(rows, new, live):
         return jax.vmap(lambda r, n, at: jax.lax.dynamic_update_slice(r, n, (at, 0)))(rows, new, live)

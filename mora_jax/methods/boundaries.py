@@ -1,8 +1,8 @@
 """What happens between two tasks, in two halves.
 
 Freeze: the fresh experts become rows of the bank; evaluation and the task's checkpoint come after it and see the bank
-alone, for every boundary. Append: at the start of the next task the experts to train are made or taken back. What differs
-between boundaries is one row of the table.
+alone, for every boundary. Append: at the start of the next task the experts to train are made or taken back. What
+differs between boundaries is one row of the table.
 """
 
 from __future__ import annotations

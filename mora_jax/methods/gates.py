@@ -1,7 +1,7 @@
 """Who answers: the three gate axes (score, select, normalise) and the update that an adapted layer adds.
 
-Rows of z are tokens, columns are experts; `exists` marks the columns that hold an expert. MoRA's own point in this space
-is computed by the fused `ops.gated_projection`; every other point by the few lines of `_compose`.
+Rows of z are tokens, columns are experts; `exists` marks the columns that hold an expert. MoRA's own point in this
+space is computed by the fused `ops.gated_projection`; every other point by the few lines of `_compose`.
 """
 
 from __future__ import annotations
@@ -75,14 +75,19 @@ def _compose(z: Float[Array, "t n"], exists: Bool[Array, "1 n"], method: Method,
     return g
 
 
-def _rows(bank: Mapping, fresh: Mapping | None):
-    """All keys, values and which exist [1, n]; frozen rows are constants."""
-    keys, values = jax.lax.stop_gradient((bank["keys"], bank["values"]))
-    exists = jnp.arange(keys.shape[0]) < bank["live"]
-    if fresh is None:
-        return keys, values, exists[None, :]
-    exists = jnp.concatenate([exists, jnp.ones(fresh["keys"].shape[0], bool)])
-    return jnp.concatenate([keys, fresh["keys"]]), jnp.concatenate([values, fresh["values"]]), exists[None, :]
+def _responses(x, bank: Mapping, fresh: Mapping | None):
+    """z [t, n] of all experts, fresh ones last, 0 where none exists; and which exist [1, n].
+
+    Frozen and fresh rows are multiplied apart, so that no gradient of a frozen row is ever computed.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    z = reference.responses(x, jax.lax.stop_gradient(bank["keys"]))
+    exists = jnp.arange(z.shape[-1]) < bank["live"]
+    if fresh is not None:
+        new = reference.responses(x, fresh["keys"])
+        z = jnp.concatenate([z, new], axis=-1)
+        exists = jnp.concatenate([exists, jnp.ones(new.shape[-1], bool)])
+    return jnp.where(exists[None, :], z, 0.0), exists[None, :]
 
 
 def _op_arguments(bank: Mapping, fresh: Mapping | None, method: Method) -> dict:
@@ -98,7 +103,9 @@ def _op_arguments(bank: Mapping, fresh: Mapping | None, method: Method) -> dict:
     }
 
 
-def update(x: Float[Array, "... d_in"], bank: Mapping, fresh: Mapping | None, method: Method) -> Float[Array, "... d_out"]:
+def update(
+    x: Float[Array, "... d_in"], bank: Mapping, fresh: Mapping | None, method: Method
+) -> Float[Array, "... d_out"]:
     """scale * sum_i g_i z_i b_i for one site, in the dtype of x.
 
     `bank` holds keys [n, d_in], values [n, d_out] and live []; `fresh` the same without live, or None. Fresh experts
@@ -107,20 +114,20 @@ def update(x: Float[Array, "... d_in"], bank: Mapping, fresh: Mapping | None, me
     if _is_fused(method):
         y = op.gated_projection(x, bank["keys"], bank["values"], **_op_arguments(bank, fresh, method))
         return (method.scale * y).astype(x.dtype)
-    keys, values, exists = _rows(bank, fresh)
-    flat = x.reshape(-1, x.shape[-1])
-    z = jnp.where(exists, reference.responses(flat, keys), 0.0)
+    z, exists = _responses(x, bank, fresh)
     if method.has_gates:
         z = _compose(z, exists, method, 0.0 if fresh else method.threshold) * z
-    y = (method.scale * jnp.dot(z, values)).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], values.shape[-1])
+    frozen = bank["values"].shape[0]
+    y = jnp.dot(z[:, :frozen], jax.lax.stop_gradient(bank["values"]))
+    if fresh is not None:
+        y = y + jnp.dot(z[:, frozen:], fresh["values"])
+    return (method.scale * y).astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def gates(x: Float[Array, "... d_in"], bank: Mapping, fresh: Mapping | None, method: Method) -> Float[Array, "... n"]:
     """The gates behind `update`, float32, fresh experts last."""
     if _is_fused(method):
         return op.gates(x, bank["keys"], bank["values"], **_op_arguments(bank, fresh, method))
-    keys, _, exists = _rows(bank, fresh)
-    z = jnp.where(exists, reference.responses(x.reshape(-1, x.shape[-1]), keys), 0.0)
+    z, exists = _responses(x, bank, fresh)
     g = _compose(z, exists, method, 0.0 if fresh else method.threshold)
-    return g.reshape(*x.shape[:-1], keys.shape[0])
+    return g.reshape(*x.shape[:-1], g.shape[-1])

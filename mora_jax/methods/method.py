@@ -1,6 +1,7 @@
-"""A method is a composition: one value on each axis. Nothing here is specific to one paper; `presets.py` names the papers.
+"""A method is a composition: one value on each axis. Nothing here is specific to one paper; `presets.py` names the
+papers.
 
-    y = W x + bias + scale * sum_i g_i z_i b_i,   z_i = a_i . x,   g = normalise(select(score(z)))
+y = W x + bias + scale * sum_i g_i z_i b_i,   z_i = a_i . x,   g = normalise(select(score(z)))
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ REMAT = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers seen so far, and where the next ones go. Static shapes; unwritten slots are masked."""
+    """Keys and values of all layers seen so far, and where the next ones go. Static shapes; unwritten slots are
+    masked.
+    """
 
     keys: Float[Array, "layers b kv_heads slots head_dim"]
     values: Float[Array, "layers b kv_heads slots head_dim"]
@@ -59,6 +61,8 @@ def _rotate(x: Float[Array, "b heads t d"], cos: Float[Array, "b t h"], sin: Flo
 
 
 class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions; x is [b, t, d], mask [b or 1, t, slots]."""
+
     config: DecoderConfig
     method: Method | None
     dtype: Any
@@ -95,6 +99,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
     config: DecoderConfig
     method: Method | None
     dtype: Any

@@ -1,8 +1,8 @@
 """Checkpoints that survive: orbax for the arrays, a manifest of SHA-256 sums written last, restore newest first.
 
-A checkpoint is a folder `checkpoints/<global step>-<phase>` with `arrays/` (orbax), `meta.json` and `MANIFEST.json`. Orbax
-notices a missing file but restores a flipped byte silently; the manifest does not. A folder without a manifest was never
-finished and counts as absent.
+A checkpoint is a folder `checkpoints/<global step>-<phase>` with `arrays/` (orbax), `meta.json` and `MANIFEST.json`.
+Orbax notices a missing file but restores a flipped byte silently; the manifest does not. A folder without a manifest
+was never finished and counts as absent.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Checkpoints:
             write_json(folder / MANIFEST, _sums(folder))
         except Exception as problem:  # orbax and tensorstore have no common error for a full or read-only disk
             shutil.rmtree(folder, ignore_errors=True)
-            raise MoraError(f"cannot write checkpoint {folder}: {problem}; earlier checkpoints are untouched") from problem
+            raise MoraError(
+                f"cannot write checkpoint {folder}: {problem}; earlier checkpoints are untouched"
+            ) from problem
         self._thin(meta)
         return folder
 
@@ -92,7 +94,9 @@ class Checkpoints:
             print(f"checkpoint {folder.name} is damaged and passed over: {damage}", file=sys.stderr, flush=True)
             damaged.append(folder.name)
         if damaged:
-            raise MoraError(f"every checkpoint in {self.folder} is damaged ({', '.join(damaged)}); use another --workdir")
+            raise MoraError(
+                f"every checkpoint in {self.folder} is damaged ({', '.join(damaged)}); use another --workdir"
+            )
         return None
 
     def _thin(self, meta: dict[str, Any]) -> None:

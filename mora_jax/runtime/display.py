@@ -62,9 +62,13 @@ class Display:
 
         return advance
 
-    def matrix(self, tasks: Sequence[str], zero_shot: Sequence[float | None], R: Sequence[Sequence[float | None]] | None):
+    def matrix(
+        self, tasks: Sequence[str], zero_shot: Sequence[float | None], R: Sequence[Sequence[float | None]] | None
+    ):
         """R with one row per taught task, the zero-shot row first; colour says how good, bold column = just taught."""
-        table = Table(title="R: percent on each task (column) after each training (row)", title_justify="left", title_style="bold")
+        table = Table(
+            title="R: percent on each task (column) after each training (row)", title_justify="left", title_style="bold"
+        )
         table.add_column("after")
         for name in tasks:
             table.add_column(name, justify="right")
@@ -74,7 +78,9 @@ class Display:
                 table.add_row(name, *map(_shade, row))
         self.console.print(table)
 
-    def gains(self, tasks: Sequence[str], final: Sequence[float | None], baselines: Mapping[str, Sequence[float | None]]) -> None:
+    def gains(
+        self, tasks: Sequence[str], final: Sequence[float | None], baselines: Mapping[str, Sequence[float | None]]
+    ) -> None:
         """The last row of R beside each baseline and the gain over it, in percentage points."""
         table = Table(title="last row of R, and gain in points over ...", title_justify="left", title_style="bold")
         table.add_column("task")

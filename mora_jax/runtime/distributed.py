@@ -1,7 +1,7 @@
 """The mesh, and which axis of which array is cut over it: lists of (regex on the path, rule).
 
-Keys are cut like the input axis of the kernel beside them and values like its output axis, so an adapter never moves what
-its layer keeps in place. "pjit" is `jax.jit` over arrays with a `NamedSharding`.
+Keys are cut like the input axis of the kernel beside them and values like its output axis, so an adapter never moves
+what its layer keeps in place. "pjit" is `jax.jit` over arrays with a `NamedSharding`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mora_jax.errors import MoraError
 
 AXES = ("data", "fsdp", "model")
 
-# Axis 0 of everything under `layers` is the scan over layers. Kernels that widen are cut (in, out) = (fsdp, model), kernels
-# that narrow the other way round, so that the activation between them stays cut over `model`.
+# Axis 0 of everything under `layers` is the scan over layers. Kernels that widen are cut (in, out) = (fsdp, model),
+# kernels that narrow the other way round, so that the activation between them stays cut over `model`.
 WIDE, NARROW = ("fsdp", "model"), ("model", "fsdp")
 RULES: tuple[tuple[str, P], ...] = (
     (r"layers/.*(q|k|v|gate|up)/kernel", P(None, *WIDE)),
@@ -35,7 +35,9 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(config: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices; one axis may be -1, which takes what the others leave. Raises MoraError if it cannot fit."""
+    """A mesh of all devices; one axis may be -1, which takes what the others leave. Raises MoraError if it cannot
+    fit.
+    """
     sizes = [config[axis] for axis in AXES]
     devices = jax.devices()
     known = int(np.prod([s for s in sizes if s != -1]))
@@ -52,7 +54,9 @@ def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """The first rule that matches the end of the path; an axis that does not divide evenly stays whole."""
     for pattern, rule in RULES:
         if re.search(rf"(^|/){pattern}$", path):
-            cut = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(rule, shape, strict=True)]
+            cut = [
+                name if name and size % mesh.shape[name] == 0 else None for name, size in zip(rule, shape, strict=True)
+            ]
             return NamedSharding(mesh, P(*cut))
     return NamedSharding(mesh, P())
 
@@ -74,7 +78,9 @@ def place(mesh: Mesh, tree: Any) -> Any:
 def abstract(mesh: Mesh, shapes: Any) -> Any:
     """Shapes with the shardings that `place` would give them: what a restore fills in."""
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings(mesh, shapes)
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(mesh, shapes),
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from mora_jax.data import text
 from mora_jax.models.decoder import Cache, Decoder
@@ -20,7 +20,9 @@ PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
 
 
 class GateCounts(NamedTuple):
-    """Sums over prompt tokens and sites: how many pairs there are, how many experts are active, how many pairs have none."""
+    """Sums over prompt tokens and sites: how many pairs there are, how many experts are active, how many pairs have
+    none.
+    """
 
     pairs: int = 0
     active: int = 0
@@ -39,7 +41,9 @@ class Generation(NamedTuple):
 
 
 class Generator:
-    """Greedy decoding for one decoder and tokenizer; compiles once per (bank capacity, prompt bucket, answer bucket)."""
+    """Greedy decoding for one decoder and tokenizer; compiles once per (bank capacity, prompt bucket, answer
+    bucket).
+    """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh):
         self.decoder, self.tokenizer, self.mesh = decoder, tokenizer, mesh

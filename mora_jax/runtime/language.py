@@ -75,7 +75,9 @@ class LanguageFamily:
         """(batches from the first step on, their number, prompts cut to the limit) for task number `index`."""
         examples = task.split("train")
         limits = self.limits(task)
-        records, cut = text.encode_records([e.prompt for e in examples], [e.answer for e in examples], self.tokenizer, limits)
+        records, cut = text.encode_records(
+            [e.prompt for e in examples], [e.answer for e in examples], self.tokenizer, limits
+        )
         plan = text.plan_batches(
             records,
             limits=limits,

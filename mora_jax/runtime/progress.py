@@ -54,7 +54,11 @@ class Progress:
         """The scores of the finished part of the stream: tasks that have their row in R."""
         if not trains:
             known = [value for value in self.zero_shot if value is not None]
-            return continual.summary_of_zero_shot(np.array(known)) if known else dict.fromkeys(continual.summary(np.ones((1, 1))))
+            return (
+                continual.summary_of_zero_shot(np.array(known))
+                if known
+                else dict.fromkeys(continual.summary(np.ones((1, 1))))
+            )
         taught = self.task + (self.phase == "evaluated")
         if taught < 1:
             return dict.fromkeys(continual.summary(np.ones((1, 1))))
@@ -89,6 +93,7 @@ class Stopped(Exception):
 
 
 def versions() -> dict[str, str]:
+    """The versions that a number depends on."""
     ours = {"mora_jax": mora_jax.__version__, "python": platform.python_version()}
     return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
 
@@ -112,10 +117,13 @@ def _cpu_name() -> str:
 
 
 def rounded(values: Sequence[float | None]) -> list[float | None]:
+    """Percentages with four digits, as results.json shows them."""
     return [None if v is None else round(v, 4) for v in values]
 
 
-def results(progress: Progress, facts: Mapping[str, Any], timing: Mapping[str, Any], *, trains: bool, complete: bool) -> dict[str, Any]:
+def results(
+    progress: Progress, facts: Mapping[str, Any], timing: Mapping[str, Any], *, trains: bool, complete: bool
+) -> dict[str, Any]:
     """The content of results.json. `facts` are the keys that do not change while a run goes on."""
     active, none = progress.gate_report()
     return {

@@ -1,4 +1,6 @@
-"""The train step: traced once per (bank capacity, batch shape), donated state, everything that varies passed as data."""
+"""The train step: traced once per (bank capacity, batch shape), donated state, everything that varies passed as
+data.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ Loss = Callable[[Mapping[str, Any], Mapping[str, Array]], Float[Array, ""]]
 class TrainStep:
     """`step(state, params, bank, horizon, batch) -> (state, metrics)`; `traces` counts how often it was traced.
 
-    `loss(variables, batch)` is the model family's; `horizon` is the number of steps of this task, float32. Metrics stay on
-    the device: loss, grad_norm (before clipping) and learning_rate, each [].
+    `loss(variables, batch)` is the model family's; `horizon` is the number of steps of this task, float32. Metrics
+    stay on the device: loss, grad_norm (before clipping) and learning_rate, each [].
     """
 
     def __init__(self, loss: Loss, optimizer: optax.GradientTransformation, schedule: str, learning_rate: float):

@@ -1,4 +1,6 @@
-"""The public face of the sparse gated projection: checks arguments, picks an implementation, joins frozen and fresh rows."""
+"""The public face of the sparse gated projection: checks arguments, picks an implementation, joins frozen and fresh
+rows.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,11 @@ def gated_projection(
 ) -> Float[Array, "... d_out"]:
     """sum_i g_i z_i b_i over the rank-1 experts (a_i, b_i) = (keys[i], values[i]); MoRA, arXiv 2506.21035, Eq. 4 to 8.
 
-    `live` counts the leading rows of keys and values that exist (None: all; it may be traced, and is checked against n
-    only when it is concrete). Fresh rows always exist and come after row live - 1 where scores tie. With fresh rows
-    keys and values are constants: no cotangent, no cost. Without, everything is differentiable. `top_k` is static and means
-    min(top_k, live + r). `threshold` 0.0 switches Eq. 8 off. Scores, softmax and sums are float32; the result has the
-    dtype of x. Raises ValueError for shapes that do not fit and for values without a meaning.
+    `live` counts the leading rows of keys and values that exist (None: all; it may be traced, and is checked against
+    n only when it is concrete). Fresh rows always exist and come after row live - 1 where scores tie. With fresh rows
+    keys and values are constants: no cotangent, no cost. Without, everything is differentiable. `top_k` is static and
+    means min(top_k, live + r). `threshold` 0.0 switches Eq. 8 off. Scores, softmax and sums are float32; the result
+    has the dtype of x. Raises ValueError for shapes that do not fit and for values without a meaning.
     """
     keys, values, frozen = _join(keys, values, fresh_keys, fresh_values)
     _check_x(x, keys)
