@@ -1,0 +1,415 @@
+"""The gated projection: every implementation against the paper's equations in NumPy, in value and gradient.
+
+The specification here is written from DESIGN section 2 (MoRA, arXiv 2506.21035, Eq. 4 to 8) with loops over tokens and
+explicit Jacobians, in float64, and shares no code with `reference.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import partial
+from typing import Any
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from mora_jax.ops.gated_projection import IMPLEMENTATIONS, gated_projection, gates
+
+EVERY = sorted(IMPLEMENTATIONS)
+GAP = 1e-5  # implementations agree on the kept experts where the k-th and the next score differ by more
+
+# ---------------------------------------------------------------- the paper, in NumPy
+
+
+def token_gate(z, alive, *, top_k, temperature, threshold=0.0, threshold_mode="absolute"):
+    """(g, dg/dz as a [n, n] matrix, gap of the scores at rank k) of one token."""
+    n, index = len(z), np.flatnonzero(alive)
+    g, slope = np.zeros(n), np.zeros((n, n))
+    square = float(np.sum(z[index] ** 2))
+    if len(index) == 0:
+        return g, slope, np.inf
+    s = z[index] / np.sqrt(max(square, 1e-24))  # Eq. 5
+    order = np.lexsort((index, -s))  # largest score first, then lowest index
+    kept = order[:top_k]  # Eq. 6
+    gap = s[order[top_k - 1]] - s[order[top_k]] if top_k < len(order) else np.inf
+    p = np.zeros(len(s))
+    p[kept] = np.exp((s[kept] - s[kept].max()) / temperature)
+    p /= p.sum()  # Eq. 7
+    open_ = np.ones(len(s))
+    if threshold:  # Eq. 8
+        bar = threshold if threshold_mode == "absolute" else (threshold * s.max() if s.max() > 0 else np.inf)
+        open_ = (s >= bar).astype(float)
+    dp_ds = (np.diag(p) - np.outer(p, p)) / temperature
+    ds_dz = np.zeros_like(dp_ds)
+    if square > 1e-24:
+        ds_dz = np.eye(len(s)) / np.sqrt(square) - np.outer(z[index], z[index]) / square**1.5
+    g[index] = open_ * p
+    slope[np.ix_(index, index)] = open_[:, None] * (dp_ds @ ds_dz)
+    return g, slope, gap
+
+
+def paper(x, keys, values, alive, dy, **how):
+    """(y, g, dx, d_keys, d_values, gap) for x [t, d_in]; gradients of sum(y * dy)."""
+    x, keys, values, dy = (np.asarray(a, np.float64) for a in (x, keys, values, dy))
+    y, dx = np.zeros((len(x), values.shape[1])), np.zeros_like(x)
+    d_keys, d_values, g_all, gaps = np.zeros_like(keys), np.zeros_like(values), [], []
+    for t in range(len(x)):
+        z = np.where(alive, keys @ x[t], 0.0)
+        g, slope, gap = token_gate(z, alive, **how)
+        y[t] = (g * z) @ values  # Eq. 4
+        dc = values @ dy[t]  # of c = g z
+        dz = g * dc + slope.T @ (dc * z)
+        if np.sum(z**2) <= 1e-24:  # no direction: a response is a constant
+            dz = np.zeros_like(dz)
+        dx[t] = dz @ keys
+        d_keys += np.outer(dz, x[t])
+        d_values += np.outer(g * z, dy[t])
+        g_all.append(g)
+        gaps.append(gap)
+    return y, np.array(g_all), dx, d_keys, d_values, np.array(gaps)
+
+
+def test_the_specification_has_the_gradients_of_its_own_values(rng):
+    x, keys, values, dy = (rng.normal(size=s) for s in ((3, 5), (6, 5), (6, 4), (3, 4)))
+    alive, how = np.array([1, 1, 0, 1, 1, 1], bool), {"top_k": 3, "temperature": 0.3, "threshold": 0.2}
+    _, _, *slopes, _ = paper(x, keys, values, alive, dy, **how)
+    for i, (array, slope) in enumerate(zip((x, keys, values), slopes, strict=True)):
+        for at in np.ndindex(array.shape):
+            sides = []
+            for step in (1e-6, -1e-6):
+                moved = [x.copy(), keys.copy(), values.copy()]
+                moved[i][at] += step
+                sides.append(np.sum(paper(*moved, alive, dy, **how)[0] * dy))
+            assert slope[at] == pytest.approx((sides[0] - sides[1]) / 2e-6, abs=1e-7)
+
+
+# ---------------------------------------------------------------- the grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and settings; `live` None means all, `r` 0 means no fresh rows."""
+
+    k: int = 4
+    n: int = 9
+    r: int = 3
+    live: int | None = None
+    tokens: tuple[int, ...] = (7,)
+    d_in: int = 12
+    d_out: int = 10
+    tau: float = 0.05
+    threshold: float = 0.0
+    mode: str = "absolute"
+    dtype: str = "float32"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"top_k": self.k, "temperature": self.tau, "threshold": self.threshold, "threshold_mode": self.mode}
+
+    @property
+    def alive(self) -> np.ndarray:
+        live = self.n if self.live is None else self.live
+        return np.concatenate([np.arange(self.n) < live, np.ones(self.r, bool)])
+
+
+CASES = {
+    "plain": Case(),
+    "no fresh": Case(r=0),
+    "paper temperature": Case(tau=0.03, k=8, n=24, r=8),
+    "one token": Case(tokens=(1,)),
+    "three axes": Case(tokens=(2, 3), r=0),
+    "widens": Case(d_in=5, d_out=16),
+    "one expert": Case(n=1, r=0, k=1),
+    "one expert, k above": Case(n=1, r=0, k=3),
+    "k 1": Case(k=1),
+    "k 1, no fresh": Case(k=1, r=0),
+    "k all": Case(k=12),
+    "k above all": Case(k=100),
+    "last k by rounds": Case(k=16, n=32, r=8),
+    "first k by descent": Case(k=17, n=32, r=8),
+    "descent, negative kth": Case(k=31, n=40, r=0),
+    "descent, few live": Case(k=17, n=40, r=0, live=5),
+    "live 0": Case(live=0),
+    "live 0, no fresh": Case(live=0, r=0),
+    "live 4": Case(live=4),
+    "live 2 below k": Case(live=2, r=0),
+    "threshold absolute": Case(threshold=0.3),
+    "threshold relative": Case(threshold=0.6, mode="relative", r=0, k=6),
+    "threshold by descent": Case(k=17, n=32, r=0, threshold=0.15),
+    "all below": Case(threshold=1.0, k=6),
+    "bfloat16": Case(dtype="bfloat16"),
+    "bfloat16, descent": Case(k=17, n=32, r=8, dtype="bfloat16"),
+    "bfloat16, no fresh, threshold": Case(r=0, threshold=0.3, dtype="bfloat16"),
+}
+
+
+def arrays(case: Case, seed: int = 0, whole: bool = False) -> list[np.ndarray]:
+    """x, keys, values, fresh keys, fresh values, dy; `whole` draws small integers, whose responses are exact."""
+    rng = np.random.default_rng(seed)
+    shapes = [(*case.tokens, case.d_in), (case.n, case.d_in), (case.n, case.d_out)]
+    shapes += [(case.r, case.d_in), (case.r, case.d_out), (*case.tokens, case.d_out)]
+    if whole:
+        return [rng.integers(-2, 3, s).astype(np.float32) for s in shapes]
+    drawn = [rng.normal(size=s).astype(np.float32) for s in shapes]
+    return [np.asarray(a.astype(jnp.dtype(case.dtype)), np.float32) if i in (0, 5) else a for i, a in enumerate(drawn)]
+
+
+@partial(jax.jit, static_argnames=("dtype", "implementation", "how"))
+def run(x, keys, values, fresh_keys, fresh_values, dy, live, *, dtype, implementation, how):
+    """(y, g, cotangents of the first five arrays), with `live` traced."""
+    options = {**dict(how), "implementation": implementation, "live": live}
+    x, dy = x.astype(dtype), dy.astype(dtype)
+
+    def op(function, x, keys, values, fk, fv):
+        fresh = {"fresh_keys": fk, "fresh_values": fv} if len(fk) else {}
+        return function(x, keys, values, **fresh, **options)
+
+    y, vjp = jax.vjp(partial(op, gated_projection), x, keys, values, fresh_keys, fresh_values)
+    return y, op(gates, x, keys, values, fresh_keys, fresh_values), vjp(dy)
+
+
+def run_case(case: Case, implementation: str, data: list[np.ndarray]) -> list[np.ndarray]:
+    """y, g, dx, d_keys, d_values, d_fresh_keys, d_fresh_values, tokens flattened, in float32."""
+    live = np.int32(case.n if case.live is None else case.live)
+    how = tuple(case.how.items())
+    y, g, slopes = run(*data, live, dtype=case.dtype, implementation=implementation, how=how)
+    assert y.dtype == slopes[0].dtype == jnp.dtype(case.dtype)
+    assert y.shape == (*case.tokens, case.d_out)
+    assert g.shape == (*case.tokens, case.n + case.r)
+    assert g.dtype == jnp.float32
+    assert [s.shape for s in slopes] == [a.shape for a in data[:5]]
+    flat = [a.reshape(-1, a.shape[-1]) for a in (y, g, slopes[0])]
+    return [np.asarray(a, np.float32) for a in (*flat, *slopes[1:])]
+
+
+def expect(case: Case, data: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The same seven arrays from the paper, and the gap at rank k per token."""
+    x, keys, values, fk, fv, dy = data
+    keys, values = np.concatenate([keys, fk]), np.concatenate([values, fv])
+    flat_x, flat_dy = x.reshape(-1, case.d_in), dy.reshape(-1, case.d_out)
+    y, g, dx, dk, dv, gap = paper(flat_x, keys, values, case.alive, flat_dy, **case.how)
+    frozen = 0.0 if case.r else 1.0  # with fresh rows the bank is a constant
+    return [y, g, dx, dk[: case.n] * frozen, dv[: case.n] * frozen, dk[case.n :], dv[case.n :]], gap
+
+
+def close(found, expected, dtype="float32"):
+    """Element-wise, with the absolute tolerance in units of the largest element: sums cancel."""
+    rtol = 1e-4 if dtype == "float32" else 1e-2
+    scale = np.abs(expected).max(initial=1e-30)
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_the_paper(name, implementation):
+    case = CASES[name]
+    data = arrays(case)
+    expected, gap = expect(case, data)
+    assert gap.min() > GAP  # so that the kept experts are decided
+    found = run_case(case, implementation, data)
+    np.testing.assert_array_equal(found[1] > 0, expected[1] > 1e-38)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, case.dtype)
+    if case.threshold == 1.0:
+        np.testing.assert_array_equal(found[0], 0.0)
+    if case.r:
+        np.testing.assert_array_equal(found[3], 0.0)
+        np.testing.assert_array_equal(found[4], 0.0)
+
+
+@pytest.mark.parametrize("k", [1, 5, 16, 17, 30])
+def test_ties_keep_exactly_k_lowest_index_first_fresh_last(k):
+    """Small integers make the responses exact and ties frequent; dead rows lie between the bank and the fresh ones."""
+    case = Case(k=k, n=30, r=6, live=26, tokens=(40,), d_in=4, d_out=3, tau=0.5)
+    data = arrays(case, whole=True)
+    data[3][:3] = data[1][:3]  # fresh keys that equal bank keys
+    expected, gap = expect(case, data)
+    assert np.sum(gap == 0) > 5
+    assert not np.any((gap > 0) & (gap < GAP))
+    norm = np.linalg.norm(data[0], axis=1) > 0
+    for implementation in EVERY:
+        found = run_case(case, implementation, data)
+        kept = found[1] > 0
+        np.testing.assert_array_equal(kept[norm], expected[1][norm] > 0)
+        assert (kept.sum(axis=1) == k).all()
+        close(found[0], expected[0])
+        close(found[5], expected[5])
+
+
+def test_live_rows_are_the_same_whether_concrete_traced_or_cut():
+    case = Case(n=9, live=4)
+    x, keys, values, fk, fv, _ = arrays(case)
+    how = {**case.how, "fresh_keys": fk, "fresh_values": fv}
+    for implementation in EVERY:
+        traced = run_case(case, implementation, arrays(case))[0]
+        concrete = gated_projection(x, keys, values, live=4, implementation=implementation, **how)
+        cut = gated_projection(x, keys[:4], values[:4], implementation=implementation, **how)
+        close(concrete, traced)
+        close(cut, traced)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("k", [4, 17])
+def test_dead_rows_may_hold_any_finite_garbage(implementation, k):
+    """Promised for finite rows whose products stay finite; NaN or inf in a dead row is outside the contract."""
+    case = Case(k=k, n=20, live=6)
+    clean, dirty = arrays(case), arrays(case)
+    for rows in (1, 2):
+        dirty[rows][6:] = np.where(np.arange(dirty[rows].shape[1]) % 2, 1e30, -1e30)
+        clean[rows][6:] = 0.0
+    for a, b in zip(run_case(case, implementation, clean), run_case(case, implementation, dirty), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# ---------------------------------------------------------------- numbers at the edge
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("k", [4, 17])
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_zero_rows_give_zeros_and_nan_rows_give_nan_there_only(implementation, k, threshold):
+    case = Case(k=k, n=20, r=3, threshold=threshold)
+    data = arrays(case)
+    data[0][2] = 0.0
+    y, _, dx, _, _, d_keys, d_values = run_case(case, implementation, data)
+    np.testing.assert_array_equal(y[2], 0.0)
+    np.testing.assert_array_equal(dx[2], 0.0)
+    assert np.isfinite(d_keys).all()
+    assert np.isfinite(d_values).all()
+
+    data[0][5, 0] = np.nan
+    broken_y, _, broken_dx, *_ = run_case(case, implementation, data)
+    assert np.isnan(broken_y[5]).all()
+    others = np.arange(7) != 5
+    np.testing.assert_array_equal(broken_y[others], y[others])
+    np.testing.assert_array_equal(broken_dx[others], dx[others])
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("size", [1e-8, 1e15])
+def test_huge_and_tiny_inputs_keep_their_direction(implementation, size):
+    case = Case(k=4, tau=0.5)
+    data = arrays(case)
+    expected, _ = expect(case, data)
+    data[0] *= np.float32(size)
+    found = run_case(case, implementation, data)
+    close(found[1], expected[1])
+    close(found[0] / np.float32(size), expected[0])
+    close(found[2], expected[2])
+    close(found[5] / np.float32(size), expected[5])
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_responses_below_the_floor_are_constants(implementation):
+    case = Case(k=4, tau=0.5)
+    data = arrays(case)
+    data[0] *= np.float32(1e-16)
+    y, _, dx, _, _, d_keys, _ = run_case(case, implementation, data)
+    assert np.isfinite(y).all()
+    np.testing.assert_array_equal(dx, 0.0)
+    np.testing.assert_array_equal(d_keys, 0.0)
+
+
+# ---------------------------------------------------------------- what is not computed
+
+
+def _dots(text: str) -> list[tuple[int, ...]]:
+    """Output shapes of the matrix products in an HLO text, sorted."""
+    found = re.findall(r"= \w+\[([\d,]*)\]\S* (?:dot|custom-call)\(", text)
+    return sorted(tuple(int(n) for n in shape.split(",")) for shape in found)
+
+
+def test_frozen_rows_cost_no_gradient_and_nothing_is_sorted():
+    tokens, d_in, d_out, n, r = 24, 20, 28, 40, 4
+    case = Case(n=n, r=r, k=8, tokens=(tokens,), d_in=d_in, d_out=d_out)
+    x, keys, values, fk, fv, dy = arrays(case)
+
+    def loss(x, fk, fv, keys, values, implementation="xla"):
+        how = {"fresh_keys": fk, "fresh_values": fv, "live": 30, "implementation": implementation, **case.how}
+        return jnp.sum(gated_projection(x, keys, values, **how) * dy)
+
+    step = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    text = jax.jit(step).lower(x, fk, fv, keys, values).compile().as_text()
+    forward = [(n + r, tokens), (tokens, d_out)]  # z, y
+    backward = [(n + r, tokens), (tokens, d_in), (r, d_in), (r, d_out)]  # dc, dx, fresh keys, fresh values
+    assert _dots(text) == sorted(forward + backward)
+
+    def words(**how):
+        jaxpr = jax.make_jaxpr(jax.grad(partial(loss, **how), argnums=(1, 2)))(x, fk, fv, keys, values)
+        return set(re.findall(r"\b(?:sort|top_k|approx_top_k)\b", str(jaxpr)))
+
+    assert words() == set()
+    assert words(implementation="reference") == {"sort"}  # so the search would find one
+    assert "sort(" not in text
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _shapes(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    return [np.ones(shape, np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("function", [gated_projection, gates])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"top_k": 0}, "top_k must be at least 1; got 0"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"threshold_mode": "soft"}, "'soft' is none of absolute, relative"),
+        ({"implementation": "cuda"}, "'cuda' is not available here; known: reference, xla"),
+        ({"live": 7}, r"live must lie in 0\.\.6"),
+        ({"live": np.int32(-1)}, r"live must lie in 0\.\.6"),
+        ({"fresh_keys": np.ones((2, 4), np.float32)}, "come together"),
+        ({"fresh_values": np.ones((2, 3), np.float32)}, "come together"),
+        (dict(zip(("fresh_keys", "fresh_values"), _shapes((2, 4), (3, 3)), strict=True)), "must continue keys"),
+        (dict(zip(("fresh_keys", "fresh_values"), _shapes((2, 5), (2, 3)), strict=True)), "must continue keys"),
+        (dict(zip(("fresh_keys", "fresh_values"), _shapes((2, 4), (2, 2)), strict=True)), "must continue keys"),
+        ({"x": np.ones((2, 5), np.float32)}, "must end in the d_in"),
+        ({"x": np.float32(1.0)}, "must end in the d_in"),
+        ({"keys": np.ones((5, 4), np.float32)}, "need equal n"),
+        ({"values": np.ones(6, np.float32)}, "need equal n"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(function, change, says):
+    x, keys, values = _shapes((2, 4), (6, 4), (6, 3))
+    arguments = {"x": x, "keys": keys, "values": values, "top_k": 2, "temperature": 0.1} | change
+    positional = [jnp.asarray(arguments.pop(name)) for name in ("x", "keys", "values")]
+    with pytest.raises(ValueError, match=says):
+        function(*positional, **arguments)
+
+
+# ---------------------------------------------------------------- properties
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    x=hnp.arrays(np.int8, (6, 3), elements=st.integers(-3, 3)),
+    keys=hnp.arrays(np.int8, (22, 3), elements=st.integers(-3, 3)),
+    k=st.sampled_from([1, 4, 17]),
+    live=st.integers(0, 20),
+    fresh=st.booleans(),
+    order=st.permutations(range(6)),
+    implementation=st.sampled_from(EVERY),
+)
+def test_gates_are_a_sparse_mixture_that_sees_one_token_at_a_time(x, keys, k, live, fresh, order, implementation):
+    case = Case(k=k, n=20, r=2 if fresh else 0, live=live, tokens=(6,), d_in=3, d_out=2, tau=0.2)
+    data = arrays(case)
+    data[0], data[1], data[3] = (a.astype(np.float32) for a in (x, keys[:20], keys[20 : 20 + case.r]))
+    y, g, *_ = run_case(case, implementation, data)
+    exist = live + case.r
+    assert (g >= 0).all()
+    np.testing.assert_allclose(g.sum(axis=1), 1.0 if exist else 0.0, atol=1e-6)
+    assert ((g > 0).sum(axis=1) <= min(k, exist)).all()
+    np.testing.assert_array_equal(g[:, ~case.alive], 0.0)
+    data[0] = data[0][list(order)]
+    moved_y, moved_g, *_ = run_case(case, implementation, data)
+    np.testing.assert_allclose(moved_g, g[list(order)], atol=1e-6)
+    np.testing.assert_allclose(moved_y, y[list(order)], atol=1e-5)
