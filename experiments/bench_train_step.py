@@ -82,9 +82,11 @@ def jax_step(name: str, experts: int, params: dict, remat: str) -> Callable[[], 
     bank = banks.empty(sites, max(frozen, 1))
     if frozen:
         bank = jax.tree.map(
-            lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, dtype=np.float32))
-            if leaf.ndim == 3
-            else jnp.full_like(leaf, frozen),
+            lambda leaf: (
+                jnp.asarray(0.02 * rng.standard_normal(leaf.shape, dtype=np.float32))
+                if leaf.ndim == 3
+                else jnp.full_like(leaf, frozen)
+            ),
             bank,
         )
     optimizer = make_optimizer(OPTIMIZER)

@@ -33,12 +33,12 @@ def train(workdir: Path, arguments: list[str]) -> dict:
     """Results of one run of the train binary, continued or reused if it is there."""
     command = [sys.executable, "-m", "mora_jax.train", *arguments, f"--workdir={workdir}"]
     print(shlex.join(command[1:]), flush=True)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "output.txt", "a", encoding="utf-8") as output:
+    (ROOT / workdir).mkdir(parents=True, exist_ok=True)
+    with open(ROOT / workdir / "output.txt", "a", encoding="utf-8") as output:
         code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         sys.exit(f"{shlex.join(command)} ended with exit code {code}; see {workdir / 'output.txt'}")
-    results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((ROOT / workdir / "results.json").read_text(encoding="utf-8"))
     if not results["complete"]:
         sys.exit("stopped; the same command continues")
     print(f"  {workdir.name}: {json.dumps(results['summary'])}", flush=True)
@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--learning-rates", required=True, help="comma list, tried for every method")
     parser.add_argument("--choose-on", required=True, help="comma list: the first tasks of the stream")
     parser.add_argument("--seeds", default="0", help="comma list, for the runs on the test split")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the workdirs go")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where the workdirs go, from the root of the repository"
+    )
     parser.add_argument("common", nargs=argparse.REMAINDER, help="-- and then arguments of mora_jax.train")
     options = parser.parse_args()
     common = options.common[1:] if options.common[:1] == ["--"] else options.common
@@ -75,7 +77,11 @@ def main() -> None:
         best = max(rates, key=lambda rate: tried[rate]["summary"]["overall_performance"])  # the first of equals
         final = []
         for seed in options.seeds.split(","):
-            arguments = [f"--config.method.name={method}", f"--config.train.learning_rate={best}", f"--config.seed={seed}"]
+            arguments = [
+                f"--config.method.name={method}",
+                f"--config.train.learning_rate={best}",
+                f"--config.seed={seed}",
+            ]
             final.append(train(folder / f"test_{method}_{best}_seed{seed}", [*common, *arguments]))
         summaries = {rate: run["summary"] for rate, run in tried.items()}
         result["methods"][method] = {"learning_rate": best, "tried": summaries, "test": final}
