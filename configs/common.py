@@ -1,4 +1,4 @@
-"""What every config has: all keys with their defaults and units, and how the part of --config after the colon is read."""
+"""What every config has: all keys with their defaults and units, and how the part after the colon is read."""
 
 from __future__ import annotations
 

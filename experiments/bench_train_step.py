@@ -1,12 +1,12 @@
-"""How fast is a train step? MoRA against plain LoRA of equal rank in this code, and against the published layer in PyTorch.
+"""How fast is a train step? MoRA against plain LoRA of equal rank here, and against the published layer in PyTorch.
 
 Command    python experiments/bench_train_step.py [--steps 5] [--no-torch]
 Needs      torch and transformers (requirements-dev.txt) for the PyTorch column
 Result     experiments/results/bench_train_step.json
 
-Shape: SmolLM2-135M with random weights, 8 x 128 tokens, q, k, v, o adapted, float32, the loss on the last quarter of the
-positions. n experts per site, 8 of them trainable. The machines are noisy, so the contestants take turns, and what to
-quote is the ratio of medians within one run. "published" is our transcription of the layer that the authors describe
+Shape: SmolLM2-135M with random weights, 8 x 128 tokens, q, k, v, o adapted, float32, the loss on the last quarter of
+the positions. n experts per site, 8 of them trainable. The machines are noisy, so the contestants take turns, and what
+to quote is the ratio of medians within one run. "published" is our transcription of the layer that the authors describe
 (arXiv 2506.21035, Eq. 4 to 8; top-k, scatter, alpha / r on the fresh values) inside transformers' Llama, with its loss
 over the whole sequence; it is here to compare speed and shares no code with theirs.
 """
@@ -168,7 +168,7 @@ def take_turns(contestants: dict[str, Callable[[], None]], steps: int) -> dict[s
 
 
 def start_up() -> dict[str, float]:
-    """Seconds from launching the real binary to its first finished train step, with a cold and a warm compilation cache."""
+    """Seconds from launching the real binary to its first finished train step, the compilation cache cold and warm."""
     times = {}
     with tempfile.TemporaryDirectory() as folder:
         for start in ("first", "second"):

@@ -6,8 +6,8 @@ Command    python experiments/sweep.py --name trace4 --methods mora,inc_lora,seq
 Result     experiments/results/NAME.json: every run's R, summary, command and versions, and which rate was chosen
 
 An untuned baseline proves nothing. The choice looks only at the `eval` split and only at the first tasks of the stream
-(--choose-on); it takes the rate with the best overall performance, the smaller one where two are equal. What stands after
-`--` goes to every run. Interrupted sweeps continue: a finished run in --runs is not done again.
+(--choose-on); it takes the rate with the best overall performance, the smaller one where two are equal. What stands
+after `--` goes to every run. Interrupted sweeps continue: a finished run in --runs is not done again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,34 @@ from pathlib import Path
 from mora_jax.runtime.writers import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of results.json; the whole config is in the command and the fingerprint.
 KEPT = (
-    "tasks metric R zero_shot baselines summary method model seed fingerprint versions trainable_parameters "
-    "experts_per_site sites train_traces step_seconds_median tokens_per_second active_experts_mean "
-    "tokens_without_expert prompts_truncated eval_examples wall_seconds device command complete"
-).split()
+    "tasks",
+    "metric",
+    "R",
+    "zero_shot",
+    "baselines",
+    "summary",
+    "method",
+    "model",
+    "seed",
+    "fingerprint",
+    "versions",
+    "trainable_parameters",
+    "experts_per_site",
+    "sites",
+    "train_traces",
+    "step_seconds_median",
+    "tokens_per_second",
+    "active_experts_mean",
+    "tokens_without_expert",
+    "prompts_truncated",
+    "eval_examples",
+    "wall_seconds",
+    "device",
+    "command",
+    "complete",
+)
 
 
 def train(workdir: Path, arguments: list[str]) -> dict:
@@ -53,9 +76,7 @@ def main() -> None:
     parser.add_argument("--learning-rates", required=True, help="comma list, tried for every method")
     parser.add_argument("--choose-on", required=True, help="comma list: the first tasks of the stream")
     parser.add_argument("--seeds", default="0", help="comma list, for the runs on the test split")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where the workdirs go, from the root of the repository"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the workdirs go, from the repository")
     parser.add_argument("common", nargs=argparse.REMAINDER, help="-- and then arguments of mora_jax.train")
     options = parser.parse_args()
     common = options.common[1:] if options.common[:1] == ["--"] else options.common

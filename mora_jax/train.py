@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mora_jax import config as configs
 from mora_jax.benchmarks import stream
@@ -39,6 +38,7 @@ from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.progress import Progress, Stopped, StopSignals, device, results, versions
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import TrainStep
+from mora_jax.runtime.steplog import StepLog
 from mora_jax.runtime.writers import MetricsLog, locked, write_json, write_lines
 
 
@@ -159,48 +159,31 @@ class Run:
 
     # -------------------------------------------------------------------- one task
 
-    def train(self, index: int) -> None:
-        """From the first (or the restored) step of task `index` to its last."""
-        p, started = self.progress, time.monotonic()
+    def open_task(self, index: int) -> tuple[Any, int]:
+        """(batches, steps) of task `index`: with fresh experts to train, or from where a restored run stopped."""
+        p = self.progress
         data, steps, cut = self.family.train_data(self.tasks[index], index, *self.lengths[index])
-        p.truncated.setdefault(self.names[index], {})["train"] = cut
-        if p.task != index or p.phase != "training":
-            p.task, p.phase, p.task_step, p.data = index, "training", 0, None
-            bank, fresh = boundaries.append(self.method, self.sites, self.bank, self.config.seed, index)
-            self.bank = distributed.place(self.mesh, bank)
-            self.state = distributed.place(self.mesh, TrainState.create(fresh, self.optimizer))
-        if p.data is not None:
+        if p.task == index:  # phase is training: the checkpoint held fresh experts and optimiser
             data.set_state(p.data)
+            return data, steps
+        p.task, p.phase, p.task_step = index, "training", 0
+        p.truncated.setdefault(self.names[index], {})["train"] = cut
+        bank, fresh = boundaries.append(self.method, self.sites, self.bank, self.config.seed, index)
+        self.bank = distributed.place(self.mesh, bank)
+        self.state = distributed.place(self.mesh, TrainState.create(fresh, self.optimizer))
+        return data, steps
+
+    def train(self, index: int) -> None:
+        """From the first (or the restored) step of task `index` to its last, then the freeze."""
+        p, started = self.progress, time.monotonic()
+        data, steps = self.open_task(index)
+        spent = p.task_seconds[index]
         horizon = distributed.place(self.mesh, jnp.float32(steps))
-        spent, rows, waiting, last = p.task_seconds[index], [], [], time.monotonic()
         title = f"task {index + 1}/{len(self.tasks)} {self.names[index]}"
-
-        def settle() -> None:
-            """Waits for the oldest step in flight, checks its loss and notes its row."""
-            nonlocal last
-            row, metrics = waiting.pop(0)
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not np.isfinite(metrics["loss"]):
-                raise MoraError(
-                    f"loss is {metrics['loss']} at step {row['step']} (step {row['task_step']} of task {row['task']}); "
-                    f"earlier checkpoints are intact; train.learning_rate is {self.config.train.learning_rate}"
-                )
-            now = time.monotonic()
-            row |= metrics | {
-                "seconds": round(now - last, 4),
-                "tokens_per_second": round(row["tokens"] / (now - last), 1),
-            }
-            last = now
-            rows.append(row)
-            advance(1, f"loss {row['loss']:.3f}  {row['tokens_per_second']:.0f} tokens/s")
-            if len(rows) >= self.config.log.every_steps:
-                self.log.write(rows)
-                rows.clear()
-
         with self.display.progress(title, "steps", steps, p.task_step) as advance:
+            log = StepLog(self.log, self.config.log.every_steps, advance)
             while p.task_step < steps:
-                batch = next(data)
-                traces = self.step.traces
+                batch, traces = next(data), self.step.traces
                 placed = distributed.place_batch(self.mesh, batch, self.config.train.batch_size)
                 with jax.transfer_guard_host_to_device("disallow"):
                     self.state, metrics = self.step(self.state, self.family.params, self.bank, horizon, placed)
@@ -213,21 +196,19 @@ class Run:
                     "examples": len(batch["length"]),
                     "compiled": self.step.traces > traces,
                 }
-                waiting.append((row, metrics))
-                due = p.task_step % self.config.checkpoint.every_steps == 0 and p.task_step < steps
+                log.add(row, metrics)
                 stop = self.signals.received is not None
-                while len(waiting) > (0 if due or stop or p.task_step == steps else 1):  # one step stays in flight
-                    settle()
+                save = stop or (p.task_step % self.config.checkpoint.every_steps == 0 and p.task_step < steps)
+                log.settle(in_flight=0 if save or p.task_step == steps else 1)
                 p.task_seconds[index] = spent + time.monotonic() - started
-                if due or stop:
+                if save:
                     p.data = data.get_state()
-                    self.log.write(rows)
-                    rows.clear()
+                    log.flush()
                     self.save("training")
-                    last = time.monotonic()
+                    log.restart_clock()
                 if stop:
                     raise Stopped
-        self.log.write(rows)
+            log.flush()
         self.bank = distributed.place(self.mesh, boundaries.freeze(self.bank, self.state.fresh))
         self.state, p.data = None, None
         self.save("trained")
@@ -321,12 +302,13 @@ class Run:
     def introduce(self) -> None:
         c, m = self.config, self.method
         last = len(self.tasks) - 1
+        experts = m.rank if m.trains else 0
         bank = count_parameters(jax.eval_shape(lambda: banks.empty(self.sites, m.capacity(last)))) if m.trains else 0
         self.display.facts("this run", {
             "benchmark": f"{c.benchmark.name}: {' -> '.join(self.names)}",
             "model": f"{c.model.name} ({c.model.dtype}), {count_parameters(self.family.params):,} frozen parameters",
             "method": m.name,
-            "trainable": f"{self.trainable():,} parameters per task: {m.rank if m.trains else 0} experts at {self.sites_count()} sites",
+            "trainable": f"{self.trainable():,} parameters per task: {experts} experts at {self.sites_count()} sites",
             "bank": f"{bank:,} parameters when full: up to {m.live_after(last)} experts per site",
             "global batch": f"{c.train.batch_size} examples a step on {jax.device_count()} device(s)",
             "device": device(),
@@ -378,9 +360,8 @@ class Run:
         active, none = p.gate_report()
         if self.method.has_gates and active is not None:
             self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
-        self.display.say(
-            f"{self.workdir / 'results.json'} written; {p.wall_seconds:.0f} s in all, train step traced {p.train_traces}x"
-        )
+        seconds, traces = f"{p.wall_seconds:.0f} s in all", f"train step traced {p.train_traces}x"
+        self.display.say(f"{self.workdir / 'results.json'} written; {seconds}; {traces}")
 
 
 def print_known() -> None:

@@ -121,31 +121,27 @@ class Case:
 CASES = {
     "plain": Case(),
     "no fresh": Case(r=0),
-    "paper temperature": Case(tau=0.03, k=8, n=24, r=8),
-    "one token": Case(tokens=(1,)),
+    "paper": Case(k=8, n=24, r=8, tau=0.03),
+    "one token, widens": Case(tokens=(1,), d_in=5, d_out=16),
     "three axes": Case(tokens=(2, 3), r=0),
-    "widens": Case(d_in=5, d_out=16),
-    "one expert": Case(n=1, r=0, k=1),
-    "one expert, k above": Case(n=1, r=0, k=3),
+    "one expert": Case(k=1, n=1, r=0),
+    "one expert, k above": Case(k=3, n=1, r=0),
     "k 1": Case(k=1),
-    "k 1, no fresh": Case(k=1, r=0),
     "k all": Case(k=12),
-    "k above all": Case(k=100),
     "last k by rounds": Case(k=16, n=32, r=8),
     "first k by descent": Case(k=17, n=32, r=8),
-    "descent, negative kth": Case(k=31, n=40, r=0),
-    "descent, few live": Case(k=17, n=40, r=0, live=5),
+    "descent to negative scores": Case(k=31, n=40, r=0),
+    "descent, few live": Case(k=31, n=40, r=0, live=5),
     "live 0": Case(live=0),
     "live 0, no fresh": Case(live=0, r=0),
     "live 4": Case(live=4),
     "live 2 below k": Case(live=2, r=0),
     "threshold absolute": Case(threshold=0.3),
-    "threshold relative": Case(threshold=0.6, mode="relative", r=0, k=6),
-    "threshold by descent": Case(k=17, n=32, r=0, threshold=0.15),
-    "all below": Case(threshold=1.0, k=6),
+    "threshold relative": Case(k=6, r=0, threshold=0.6, mode="relative"),
+    "threshold by descent": Case(k=17, n=20, threshold=0.2),
+    "all below": Case(threshold=1.0),
     "bfloat16": Case(dtype="bfloat16"),
-    "bfloat16, descent": Case(k=17, n=32, r=8, dtype="bfloat16"),
-    "bfloat16, no fresh, threshold": Case(r=0, threshold=0.3, dtype="bfloat16"),
+    "bfloat16, no fresh, descent, threshold": Case(k=17, n=32, r=0, threshold=0.2, dtype="bfloat16"),
 }
 
 
@@ -160,7 +156,11 @@ def arrays(case: Case, seed: int = 0, whole: bool = False) -> list[np.ndarray]:
     return [np.asarray(a.astype(jnp.dtype(case.dtype)), np.float32) if i in (0, 5) else a for i, a in enumerate(drawn)]
 
 
-@partial(jax.jit, static_argnames=("dtype", "implementation", "how"))
+# Unoptimised code compiles twice as fast, and compiling is what these tests spend their time on.
+FAST = {"xla_backend_optimization_level": "0"}
+
+
+@partial(jax.jit, static_argnames=("dtype", "implementation", "how"), compiler_options=FAST)
 def run(x, keys, values, fresh_keys, fresh_values, dy, live, *, dtype, implementation, how):
     """(y, g, cotangents of the first five arrays), with `live` traced."""
     options = {**dict(how), "implementation": implementation, "live": live}
@@ -223,7 +223,7 @@ def test_values_and_gradients_are_those_of_the_paper(name, implementation):
         np.testing.assert_array_equal(found[4], 0.0)
 
 
-@pytest.mark.parametrize("k", [1, 5, 16, 17, 30])
+@pytest.mark.parametrize("k", [1, 16, 17, 30])
 def test_ties_keep_exactly_k_lowest_index_first_fresh_last(k):
     """Small integers make the responses exact and ties frequent; dead rows lie between the bank and the fresh ones."""
     case = Case(k=k, n=30, r=6, live=26, tokens=(40,), d_in=4, d_out=3, tau=0.5)
@@ -242,23 +242,25 @@ def test_ties_keep_exactly_k_lowest_index_first_fresh_last(k):
         close(found[5], expected[5])
 
 
-def test_live_rows_are_the_same_whether_concrete_traced_or_cut():
-    case = Case(n=9, live=4)
-    x, keys, values, fk, fv, _ = arrays(case)
-    how = {**case.how, "fresh_keys": fk, "fresh_values": fv}
-    for implementation in EVERY:
-        traced = run_case(case, implementation, arrays(case))[0]
-        concrete = gated_projection(x, keys, values, live=4, implementation=implementation, **how)
-        cut = gated_projection(x, keys[:4], values[:4], implementation=implementation, **how)
-        close(concrete, traced)
-        close(cut, traced)
+@pytest.mark.parametrize("implementation", EVERY)
+def test_live_rows_are_the_same_whether_concrete_traced_or_cut(implementation):
+    case = Case(live=4)
+    x, keys, values, fk, fv, _ = data = arrays(case)
+
+    def outputs():
+        how = {**case.how, "fresh_keys": fk, "fresh_values": fv, "implementation": implementation}
+        concrete = gated_projection(x, keys, values, live=4, **how)
+        return concrete, gated_projection(x, keys[:4], values[:4], **how)
+
+    traced = run_case(case, implementation, data)[0]
+    for y in jax.jit(outputs, compiler_options=FAST)():
+        close(y, traced)
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-@pytest.mark.parametrize("k", [4, 17])
-def test_dead_rows_may_hold_any_finite_garbage(implementation, k):
+@pytest.mark.parametrize("case", [Case(n=20, live=6), Case(k=17, n=20, live=6, threshold=0.2)], ids=str)
+def test_dead_rows_may_hold_any_finite_garbage(implementation, case):
     """Promised for finite rows whose products stay finite; NaN or inf in a dead row is outside the contract."""
-    case = Case(k=k, n=20, live=6)
     clean, dirty = arrays(case), arrays(case)
     for rows in (1, 2):
         dirty[rows][6:] = np.where(np.arange(dirty[rows].shape[1]) % 2, 1e30, -1e30)
@@ -271,10 +273,8 @@ def test_dead_rows_may_hold_any_finite_garbage(implementation, k):
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-@pytest.mark.parametrize("k", [4, 17])
-@pytest.mark.parametrize("threshold", [0.0, 0.2])
-def test_zero_rows_give_zeros_and_nan_rows_give_nan_there_only(implementation, k, threshold):
-    case = Case(k=k, n=20, r=3, threshold=threshold)
+@pytest.mark.parametrize("case", [Case(n=20), Case(k=17, n=20, threshold=0.2)], ids=str)
+def test_zero_rows_give_zeros_and_nan_rows_give_nan_there_only(implementation, case):
     data = arrays(case)
     data[0][2] = 0.0
     y, _, dx, _, _, d_keys, d_values = run_case(case, implementation, data)
@@ -292,9 +292,9 @@ def test_zero_rows_give_zeros_and_nan_rows_give_nan_there_only(implementation, k
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-@pytest.mark.parametrize("size", [1e-8, 1e15])
+@pytest.mark.parametrize("size", [1e-8, 1e10])
 def test_huge_and_tiny_inputs_keep_their_direction(implementation, size):
-    case = Case(k=4, tau=0.5)
+    case = Case()
     data = arrays(case)
     expected, _ = expect(case, data)
     data[0] *= np.float32(size)
@@ -307,7 +307,7 @@ def test_huge_and_tiny_inputs_keep_their_direction(implementation, size):
 
 @pytest.mark.parametrize("implementation", EVERY)
 def test_responses_below_the_floor_are_constants(implementation):
-    case = Case(k=4, tau=0.5)
+    case = Case()
     data = arrays(case)
     data[0] *= np.float32(1e-16)
     y, _, dx, _, _, d_keys, _ = run_case(case, implementation, data)
@@ -391,16 +391,16 @@ def test_what_makes_no_sense_is_refused(function, change, says):
 
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
-    x=hnp.arrays(np.int8, (6, 3), elements=st.integers(-3, 3)),
-    keys=hnp.arrays(np.int8, (22, 3), elements=st.integers(-3, 3)),
-    k=st.sampled_from([1, 4, 17]),
+    x=hnp.arrays(np.int8, (7, 12), elements=st.integers(-3, 3)),
+    keys=hnp.arrays(np.int8, (23, 12), elements=st.integers(-3, 3)),
+    k=st.sampled_from([4, 17]),
     live=st.integers(0, 20),
     fresh=st.booleans(),
-    order=st.permutations(range(6)),
+    order=st.permutations(range(7)),
     implementation=st.sampled_from(EVERY),
 )
 def test_gates_are_a_sparse_mixture_that_sees_one_token_at_a_time(x, keys, k, live, fresh, order, implementation):
-    case = Case(k=k, n=20, r=2 if fresh else 0, live=live, tokens=(6,), d_in=3, d_out=2, tau=0.2)
+    case = Case(k=k, n=20, r=3 if fresh else 0, live=live)
     data = arrays(case)
     data[0], data[1], data[3] = (a.astype(np.float32) for a in (x, keys[:20], keys[20 : 20 + case.r]))
     y, g, *_ = run_case(case, implementation, data)
