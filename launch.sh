@@ -115,6 +115,9 @@ install() {
     say "installed in $((SECONDS - start)) s"
 }
 
+# On Linux malloc may then use huge pages, which takes a tenth off a CPU train step (page faults of large buffers).
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 case ${1:-} in
     "")
         install run
