@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from mora_jax.benchmarks import stream
 from mora_jax.data import packages
-from mora_jax.data.text import Record, encode_prompts, plan_batches
 from mora_jax.data.text import Limits as TextLimits
+from mora_jax.data.text import Record, encode_prompts, plan_batches
 from mora_jax.models import gguf, hf
 from mora_jax.models.decoder import REMAT, Cache, Decoder, causal_mask
 from mora_jax.models.decoder_config import DecoderConfig
 from mora_jax.models.registry import SMOLLM2
 from mora_jax.models.tokenizer import Tokenizer
-from mora_jax.runtime.distributed import make_mesh, place
+from mora_jax.runtime.distributed import AXES, make_mesh, place, place_batch
 from mora_jax.runtime.generate import Generator
 from mora_jax.runtime.language import answer_loss
 
@@ -87,8 +88,9 @@ def spelled(rows: Sequence[Sequence[int]]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def mesh() -> jax.sharding.Mesh:
-    return make_mesh({"data": -1, "fsdp": 1, "model": 1})
+def one() -> Mesh:
+    """A mesh of one device: what 8 fake ones on the same cores do with these models is in test_generate.py."""
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
 
 
 def transformers_or_skip() -> tuple[Any, Any]:
@@ -101,13 +103,16 @@ def ids_of(lengths: Sequence[int], vocab: int) -> list[list[int]]:
     return [rng.integers(1, vocab, length).tolist() for length in lengths]
 
 
-def our_logits(decoder: Decoder, params: Any, tokens: Any) -> np.ndarray:
-    def forward(params, tokens):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden, _ = decoder.apply({"params": params}, tokens, positions, causal_mask(tokens.shape[1]))
-        return decoder.apply({"params": params}, hidden, method=Decoder.logits)
+@partial(jax.jit, static_argnums=0)
+def forward(decoder: Decoder, params: Any, tokens: jax.Array, start: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1])[None], tokens.shape)
+    hidden, _ = decoder.apply({"params": params}, tokens, positions, causal_mask(tokens.shape[1]))
+    return decoder.apply({"params": params}, hidden, method=Decoder.logits)
 
-    return np.asarray(jax.jit(forward)(params, jnp.asarray(tokens, jnp.int32)))
+
+def our_logits(decoder: Decoder, params: Any, tokens: Any, start: int = 0) -> np.ndarray:
+    """[b t vocab]; `start` is the position of the first token."""
+    return np.asarray(forward(decoder, params, np.asarray(tokens, np.int32), np.int32(start)))
 
 
 def their_logits(torch: Any, model: Any, tokens: Any) -> np.ndarray:
@@ -156,8 +161,8 @@ def test_logits_equal_transformers(tiny: SimpleNamespace) -> None:
     np.testing.assert_allclose(our_logits(Decoder(tiny.config), tiny.params, tokens), theirs, atol=TOLERANCE, rtol=0)
 
 
-def test_greedy_ids_equal_transformers(tiny: SimpleNamespace, mesh: jax.sharding.Mesh) -> None:
-    """Once to the last token, and once with an EOS that stops some rows early and others not at all."""
+def test_greedy_ids_equal_transformers(tiny: SimpleNamespace, one: Mesh) -> None:
+    """With an EOS that stops some rows early and others not at all."""
     rows = ids_of(PROMPT_LENGTHS, tiny.config.vocab_size)
     vocab = tiny.config.vocab_size
     whole = their_greedy(tiny.torch, tiny.model, rows, NEW_TOKENS, eos=vocab, pad=0)  # an EOS that never comes
@@ -166,17 +171,15 @@ def test_greedy_ids_equal_transformers(tiny: SimpleNamespace, mesh: jax.sharding
     early = next(token for token in range(vocab) if 0 < stops[token] < len(rows))
     stopped = their_greedy(tiny.torch, tiny.model, rows, NEW_TOKENS, eos=early, pad=0)
     assert min(map(len, stopped)) < NEW_TOKENS == max(map(len, stopped))
-    for eos, expected in ((vocab, whole), (early, stopped)):
-        generate = Generator(Decoder(tiny.config), Numbers(eos_id=eos), mesh)
-        ours = generate(
-            {"params": tiny.params},
-            spelled(rows),
-            max_prompt_tokens=128,
-            max_new_tokens=NEW_TOKENS,
-            batch_size=len(rows),
-            after_batch=lambda n: None,
-        )
-        assert ours.texts == spelled(expected)
+    ours = Generator(Decoder(tiny.config), Numbers(eos_id=early), one)(
+        {"params": tiny.params},
+        spelled(rows),
+        max_prompt_tokens=128,
+        max_new_tokens=NEW_TOKENS,
+        batch_size=len(rows),
+        after_batch=lambda n: None,
+    )
+    assert ours.texts == spelled(stopped)
 
 
 # --- the real SmolLM2 -------------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def smollm2() -> SimpleNamespace:
     return SimpleNamespace(
         path=file.path,
         config=config,
-        params=gguf.load_params(file, config, np.float32),
+        params=jax.device_put(gguf.load_params(file, config, np.float32), jax.devices()[0]),
         tokenizer=Tokenizer.from_gguf(file),
         examples=[task.split("test")[0] for task in tasks],
     )
@@ -206,11 +209,12 @@ def smollm2_torch(smollm2: SimpleNamespace) -> SimpleNamespace:
     torch, transformers = transformers_or_skip()
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    config = transformers.LlamaConfig(**load_gguf_checkpoint(smollm2.path)["config"])
+    # Parsing takes ten seconds and wants a model for its tensor names; the sizes in it are then the file's own.
     with torch.device("meta"):
-        shapes = transformers.LlamaForCausalLM(config)
-    state = load_gguf_checkpoint(smollm2.path, return_tensors=True, model_to_load=shapes)["tensors"]
-    model = transformers.LlamaForCausalLM(config).eval()
+        names = transformers.LlamaForCausalLM(transformers.LlamaConfig(**smollm2.config.to_hf()))
+    parsed = load_gguf_checkpoint(smollm2.path, return_tensors=True, model_to_load=names)
+    state = parsed["tensors"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**parsed["config"])).eval()
     result = model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     assert result.missing_keys in ([], ["lm_head.weight"])
     assert not result.unexpected_keys
@@ -234,7 +238,7 @@ def test_smollm2_logits_equal_transformers(smollm2: SimpleNamespace, smollm2_tor
 
 
 def test_smollm2_greedy_text_equals_transformers(
-    smollm2: SimpleNamespace, smollm2_torch: SimpleNamespace, mesh: jax.sharding.Mesh
+    smollm2: SimpleNamespace, smollm2_torch: SimpleNamespace, one: Mesh
 ) -> None:
     prompts = [smollm2.examples[1].prompt, smollm2.examples[3].prompt, "The capital of France is"]
     tokenizer = smollm2.tokenizer
@@ -245,7 +249,7 @@ def test_smollm2_greedy_text_equals_transformers(
     decoded: list[list[int]] = []
     recording = copy.copy(tokenizer)
     recording.decode = lambda ids: decoded.append(list(ids)) or tokenizer.decode(ids)
-    generate = Generator(Decoder(smollm2.config), recording, mesh)
+    generate = Generator(Decoder(smollm2.config), recording, one)
     options = {"max_prompt_tokens": 128, "max_new_tokens": 20, "batch_size": 3, "after_batch": lambda n: None}
     ours = generate({"params": smollm2.params}, prompts, **options)
     assert ours.texts == [tokenizer.decode(ids) for ids in expected]
@@ -255,17 +259,18 @@ def test_smollm2_greedy_text_equals_transformers(
 # --- dtypes, depth, recomputation -------------------------------------------------------------------------------------
 
 
-def random_params(config: DecoderConfig, seed: int = 0) -> Any:
+@cache
+def random_params(config: DecoderConfig, scale: float = 0.3) -> Any:
     """Random float32 parameters away from what initialisers give: no zero bias, no unit norm."""
     shapes = jax.eval_shape(
         lambda key: Decoder(config).init(key, jnp.zeros((1, 2), jnp.int32), method=Decoder.initialise),
         jax.random.key(0),
     )["params"]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
         mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
-        return rng.normal(mean, 0.3, leaf.shape).astype(np.float32)
+        return rng.normal(mean, scale, leaf.shape).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -274,15 +279,23 @@ def random_params(config: DecoderConfig, seed: int = 0) -> Any:
 def test_bfloat16_is_close_to_float32(tied: bool) -> None:
     config = dataclasses.replace(TINY, tie_embeddings=tied, attention_bias=True, output_bias=True, mlp_bias=True)
     # Both run on weights that bfloat16 holds exactly, so only the arithmetic differs.
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(np.float32), random_params(config))
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(config, scale=0.15))
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), half)
     tokens = ids_of((40, 40), config.vocab_size)
     full_logits = our_logits(Decoder(config), params, tokens)
     half_logits = our_logits(Decoder(config, dtype=jnp.bfloat16), half, tokens)
     assert full_logits.dtype == half_logits.dtype == np.float32
-    error = np.abs(half_logits - full_logits)
-    assert 0 < error.mean() < 0.02 * full_logits.std()
-    assert error.max() < 0.15 * full_logits.std()
+    error = np.abs(half_logits - full_logits) / full_logits.std()
+    assert 0 < error.mean() < 0.015
+    assert error.max() < 0.12
+
+
+@pytest.mark.parametrize(("dtype", "mean"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.015)])
+def test_only_relative_positions_matter(dtype: Any, mean: float) -> None:
+    """Rotary positions far out, where angles in less than float32 would be off by whole turns."""
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(TINY, scale=0.15))
+    near, far = (our_logits(Decoder(TINY, dtype=dtype), params, ids_of((40,), 61), start) for start in (0, 3000))
+    assert 0 < np.abs(near - far).mean() < mean * near.std()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -311,7 +324,7 @@ def equations(jaxpr: Any) -> int:
 
 
 @pytest.mark.parametrize("what", ["logits", "gradient", "generate"])
-def test_depth_costs_no_compile_time(what: str, mesh: jax.sharding.Mesh) -> None:
+def test_depth_costs_no_compile_time(what: str, one: Mesh) -> None:
     """2 and 6 layers give the same program but for the sizes in it: as many lines, and as many loops."""
 
     def program(layers: int) -> str:
@@ -325,7 +338,7 @@ def test_depth_costs_no_compile_time(what: str, mesh: jax.sharding.Mesh) -> None
             "answers": jnp.arange(4),
         }
         if what == "generate":
-            generate = Generator(decoder, Numbers(), mesh)
+            generate = Generator(decoder, Numbers(), one)
             return generate._run.lower({"params": params}, batch, jnp.int32(8), capacity=32).as_text()
         if what == "gradient":
             return jax.jit(jax.grad(lambda p: answer_loss(decoder, {"params": p}, batch))).lower(params).as_text()
@@ -344,15 +357,16 @@ def test_depth_costs_no_compile_time(what: str, mesh: jax.sharding.Mesh) -> None
     assert re.sub(r"\d+", "", shallow) == re.sub(r"\d+", "", deep)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
-def test_recomputation_changes_neither_loss_nor_gradient(remat: str) -> None:
+def test_recomputation_changes_neither_loss_nor_gradient() -> None:
     params, batch = random_params(TINY), a_batch(ROWS)
 
     def both(name: str) -> Any:
         decoder = Decoder(TINY, remat=name)
         return jax.jit(jax.value_and_grad(lambda p: answer_loss(decoder, {"params": p}, batch)))(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), both(remat), both("none"))
+    expected = both("none")
+    for name in REMAT.keys() - {"none"}:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), both(name), expected)
 
 
 def test_unread_slots_and_padding_tokens_are_never_seen() -> None:
@@ -401,9 +415,12 @@ def a_batch(
     }
 
 
+jit_loss = jax.jit(answer_loss, static_argnums=0)
+
+
 def loss_of(batch: dict[str, Any], config: DecoderConfig = TINY, dtype: Any = jnp.float32) -> float:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(config))
-    value = jax.jit(lambda p, b: answer_loss(Decoder(config, dtype=dtype), {"params": p}, b))(params, batch)
+    value = jit_loss(Decoder(config, dtype=dtype), {"params": params}, batch)
     assert (value.shape, value.dtype) == ((), jnp.float32)
     return float(value)
 
@@ -412,7 +429,9 @@ def by_hand(batch: dict[str, Any], config: DecoderConfig = TINY) -> float:
     """Row by row and token by token in float64: position i is predicted from the hidden state at i - 1."""
     losses = []
     for tokens, prompt, length in zip(batch["tokens"], batch["prompt"], batch["length"], strict=True):
-        logits = our_logits(Decoder(config), random_params(config), tokens[None, :length])[0].astype(np.float64)
+        alone = np.zeros((1, 64), np.int32)  # one shape for all rows; what stands behind a row is never seen
+        alone[0, :length] = tokens[:length]
+        logits = our_logits(Decoder(config), random_params(config), alone)[0].astype(np.float64)
         for i in range(prompt, length):
             row = logits[i - 1] - logits[i - 1].max()
             losses.append(np.log(np.exp(row).sum()) - row[tokens[i]])
@@ -504,8 +523,7 @@ def test_the_loss_of_planned_batches_by_hand() -> None:
 def test_the_loss_does_not_depend_on_how_a_batch_is_placed() -> None:
     batch = a_batch((*ROWS, *ROWS))
     expected, params = loss_of(batch), random_params(TINY)
-    decoder = Decoder(TINY)
     for axes in ({"data": 8, "fsdp": 1, "model": 1}, {"data": 2, "fsdp": 2, "model": 2}):
         mesh = make_mesh(axes)
-        value = jax.jit(lambda p, b: answer_loss(decoder, {"params": p}, b))(place(mesh, params), batch)
+        value = jit_loss(Decoder(TINY), {"params": place(mesh, params)}, place_batch(mesh, batch, 8))
         assert float(value) == pytest.approx(expected, rel=1e-5)

@@ -24,7 +24,8 @@ GOLDEN: dict[str, list[float]] = {
 
 def losses(method: str, workdir: Path) -> list[float]:
     command = [sys.executable, "-m", "mora_jax.train", f"--config=configs/llm_cl.py:smoke,method={method}"]
-    command += ["--config.benchmark.tasks=arithmetic,sentiment", f"--workdir={workdir}", "--config.train.learning_rate=1e-2"]
+    command += ["--config.benchmark.tasks=arithmetic,sentiment", "--config.train.learning_rate=1e-2"]
+    command += [f"--workdir={workdir}"]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
