@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -180,7 +181,7 @@ def _per_task(value: Any) -> bool:
 
 
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (_not_negative, "at least 0"),
+    "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
     "benchmark.train_limit": (_not_negative, "at least 0 (0 = all)"),
     "benchmark.eval_limit": (_not_negative, "at least 0 (0 = all)"),
     "model.dtype": (DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
@@ -188,7 +189,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.steps_per_task": (_per_task, "at least 0 (0 = use epochs_per_task)"),
     "train.epochs_per_task": (_per_task, "at least 0"),
     "train.batch_size": (_positive, "at least 1"),
-    "train.learning_rate": (_positive, "greater than 0"),
+    "train.learning_rate": (lambda v: 0 < v < math.inf, "greater than 0 and finite"),
     "train.schedule": (SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}"),
     "train.adam_b1": (lambda v: 0 <= v < 1, "in 0..1, below 1"),
     "train.adam_b2": (lambda v: 0 <= v < 1, "in 0..1, below 1"),

@@ -64,8 +64,11 @@ class Run:
         self.method = from_config(config.method, config.kernel)
         for task in self.tasks:  # a missing split is known before any work
             task.split(config.eval.split)
-            if self.method.trains:
-                task.split("train")
+            if self.method.trains and len(task.split("train")) < config.train.batch_size:
+                raise MoraError(
+                    f"task {task.name} has {len(task.split('train'))} training records, "
+                    f"fewer than one batch of train.batch_size={config.train.batch_size}"
+                )
         self.mesh = distributed.make_mesh(config.mesh)
         self.family = LanguageFamily(load_model(config.model, config.seed), self.method, config, self.mesh)
         self.sites = banks.find_sites(self.family.params, self.family.site_kinds, self.method)

@@ -1,4 +1,4 @@
-"""Text in, batches out: what is cut and where, what a batch holds, in which order, and that a position is enough to go on."""
+"""Text in, batches out: what is cut and where, what a batch holds, in which order, and how a stream is resumed."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_record_is_bos_prompt_answer_eos() -> None:
 
 
 def test_the_boundary_is_the_length_of_the_prompt_alone() -> None:
-    """The odd prompt has 2 tokens, "aa" and "b"; joined with the answer they are "aa" and "bc", and loss starts after."""
+    """The odd prompt is the 2 tokens "aa" and "b", joined with the answer "aa" and "bc"; the loss starts after them."""
     (record,), _ = encode_records(["aab"], ["cdd"], Pairs(), limits())
     assert record == Record((BOS, *ids("aabcdd"), EOS), prompt=1 + len(ids("aab")))
     assert record.ids[record.prompt :] == (*ids("dd"), EOS)
@@ -137,8 +137,8 @@ def test_a_tokenizer_may_shorten_what_it_joins() -> None:
         def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
             return [[7] if text == "prompt answer" else [4, 5, 6] for text in texts]
 
-    (record,), _ = encode_records(["prompt "], ["answer"], Greedy(), limits())
-    assert record == Record((BOS, 7, EOS), prompt=2)
+    for most in (limits(), limits(prompt=3)):  # 3 tokens hold what is left of the prompt, so nothing is cut
+        assert encode_records(["prompt "], ["answer"], Greedy(), most) == ([Record((BOS, 7, EOS), prompt=2)], 0)
 
 
 @pytest.mark.parametrize("bos", [[BOS], []])

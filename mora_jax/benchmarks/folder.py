@@ -56,8 +56,20 @@ def _read_json(path: Path) -> Any:
         raise MoraError(f"{path}: not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise MoraError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from None
+    except RecursionError:
+        raise MoraError(f"{path}: broken JSON: brackets nested too deep") from None
+    except ValueError as error:  # such as a number of more digits than Python reads
+        raise MoraError(f"{path}: broken JSON: {error}") from None
     except OSError as error:
         raise MoraError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _is_number(value: Any) -> bool:
+    """An int or float that a float can hold; not a bool, which is an int in Python but no number anyone meant."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _example(record: Any, where: str) -> Example:
@@ -69,10 +81,13 @@ def _example(record: Any, where: str) -> Example:
     prompt, answer = record["prompt"], record["answer"]
     if not isinstance(prompt, str):
         raise MoraError(f'{where}: "prompt" is {json.dumps(prompt)[:40]}; legal: text')
-    # bool is an int in Python, and True is no number anyone meant as an answer.
-    number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
-    if not isinstance(answer, str) and not number:
+    if not isinstance(answer, str) and not _is_number(answer):
         raise MoraError(f'{where}: "answer" is {json.dumps(answer)[:40]}; legal: text or a finite number')
+    for key, text_of in (("prompt", prompt), ("answer", str(answer))):
+        if any("\ud800" <= character <= "\udfff" for character in text_of):
+            raise MoraError(
+                f'{where}: "{key}" holds half of a character (a lone UTF-16 surrogate); legal: Unicode text'
+            )
     return Example(prompt, str(answer))
 
 

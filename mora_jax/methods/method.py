@@ -7,6 +7,7 @@ y = W x + bias + scale * sum_i g_i z_i b_i,   z_i = a_i . x,   g = normalise(sel
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
@@ -98,8 +99,10 @@ def _check(method: Method) -> None:
     for key in ("rank", "top_k", "capacity_bucket"):
         if getattr(method, key) < 1:
             raise MoraError(f"method.{key}={getattr(method, key)} must be at least 1")
-    if not method.temperature > 0:
+    if not 0 < method.temperature < math.inf:
         raise MoraError(f"method.temperature={method.temperature} must be greater than 0")
+    if not math.isfinite(method.scale):
+        raise MoraError(f"method.scale={method.scale} must be finite")
     if not 0 <= method.threshold <= 1:
         raise MoraError(f"method.threshold={method.threshold} must lie in 0..1 (0 switches it off)")
     if method.threshold > 0 and not method.has_gates and method.trains:

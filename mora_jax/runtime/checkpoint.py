@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import orbax.checkpoint as ocp
 
 from mora_jax.errors import MoraError
@@ -56,6 +57,7 @@ class Checkpoints:
         self.folder = workdir / "checkpoints"
         self.keep = keep
         self._orbax = ocp.StandardCheckpointer()
+        absl.logging.set_verbosity(absl.logging.FATAL)  # a failed save is told in one line, below; orbax logs pages
 
     def finished(self) -> list[Path]:
         """Folders with a manifest, newest first."""
@@ -74,8 +76,9 @@ class Checkpoints:
             write_json(folder / MANIFEST, _sums(folder))
         except Exception as problem:  # orbax and tensorstore have no common error for a full or read-only disk
             shutil.rmtree(folder, ignore_errors=True)
+            reason = str(problem).strip()[-200:]  # what the operating system said stands last
             raise MoraError(
-                f"cannot write checkpoint {folder}: {problem}; earlier checkpoints are untouched"
+                f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are untouched"
             ) from problem
         self._thin(meta)
         return folder

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -30,7 +31,7 @@ class Display:
         """A table of two columns."""
         table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(escape(name), escape(value))
         self.console.print(table)
 
     @contextlib.contextmanager
@@ -48,7 +49,7 @@ class Display:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task(f"{what} ({unit})", total=total, completed=done, note="")
+            task = bar.add_task(escape(f"{what} ({unit})"), total=total, completed=done, note="")
             yield lambda n, note="": bar.update(task, advance=n, note=note)
 
     def _lines(self, what: str, unit: str, total: int, done: int) -> Callable[[int, str], None]:
@@ -71,11 +72,11 @@ class Display:
         )
         table.add_column("after")
         for name in tasks:
-            table.add_column(name, justify="right")
+            table.add_column(escape(name), justify="right")
         table.add_row("zero-shot", *map(_shade, zero_shot), end_section=True)
         for name, row in zip(tasks, R or [], strict=False):
             if any(value is not None for value in row):
-                table.add_row(name, *map(_shade, row))
+                table.add_row(escape(name), *map(_shade, row))
         self.console.print(table)
 
     def gains(
@@ -89,7 +90,7 @@ class Display:
             table.add_column(name, justify="right")
         for i, task in enumerate(tasks):
             cells = [_gain(final[i], values[i]) for values in baselines.values()]
-            table.add_row(task, _shade(final[i]), *cells)
+            table.add_row(escape(task), _shade(final[i]), *cells)
         self.console.print(table)
 
     def summary(self, summary: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ class TrainStep:
     """`step(state, params, bank, horizon, batch) -> (state, metrics)`; `traces` counts how often it was traced.
 
     `loss(variables, batch)` is the model family's; `horizon` is the number of steps of this task, float32. Metrics
-    stay on the device: loss, grad_norm (before clipping) and learning_rate, each [].
+    stay on the device: loss, grad_norm (before clipping), learning_rate and fresh_norm (after the update), each [].
     """
 
     def __init__(self, loss: Loss, optimizer: optax.GradientTransformation, schedule: str, learning_rate: float):
@@ -39,7 +39,8 @@ class TrainStep:
             direction, opt_state = optimizer.update(gradient, state.opt_state, state.fresh)
             now = learning_rate * rate(state.step.astype(jnp.float32) / horizon)
             fresh = jax.tree.map(lambda p, d: p + now * d, state.fresh, direction)
-            metrics = {"loss": value, "grad_norm": optax.global_norm(gradient), "learning_rate": now}
+            metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient), "learning_rate": now}
+            metrics["fresh_norm"] = optax.tree.norm(fresh)
             return TrainState(fresh=fresh, opt_state=opt_state, step=state.step + 1), metrics
 
         self._step = jax.jit(step, donate_argnums=0)

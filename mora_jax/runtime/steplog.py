@@ -27,17 +27,18 @@ class StepLog:
         self._flying.append((row, metrics))
 
     def settle(self, in_flight: int) -> None:
-        """Waits until at most `in_flight` steps have not ended. Raises MoraError for a loss that is not finite."""
+        """Waits until at most `in_flight` steps are under way. MoraError for a loss or update that is not finite."""
         while len(self._flying) > in_flight:
             row, metrics = self._flying.pop(0)
             row |= {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not np.isfinite(row["loss"]):
-                self.flush()
-                where = f"step {row['step']} (step {row['task_step']} of task {row['task']})"
-                raise MoraError(
-                    f"loss is {row['loss']} at {where}, learning rate {row['learning_rate']:g}; "
-                    "stopped before another checkpoint was taken, the earlier ones are intact"
-                )
+            for name, what in (("loss", "loss"), ("fresh_norm", "the norm of the fresh experts")):
+                if not np.isfinite(row[name]):
+                    self.flush()
+                    where = f"step {row['step']} (step {row['task_step']} of task {row['task']})"
+                    raise MoraError(
+                        f"{what} is {row[name]} at {where} with train.learning_rate={row['learning_rate']:g}; "
+                        "stopped before another checkpoint was taken, the earlier ones are intact"
+                    )
             now = time.monotonic()
             seconds, self._last = now - self._last, now
             row |= {"seconds": round(seconds, 4), "tokens_per_second": round(row["tokens"] / seconds, 1)}
