@@ -101,7 +101,7 @@ def pop(bank: Mapping, rank: int) -> tuple[dict, dict]:
         return jax.vmap(lambda r, at: jax.lax.dynamic_slice(r, (at, 0), (rank, r.shape[1])))(rows, live - rank)
 
     def clear(rows, live):
-        return jnp.where((jnp.arange(rows.shape[1]) < (live - rank)[:, None])[..., None], rows, 0.0)
+        return jnp.where((jnp.arange(rows.shape[1])[None] < (live - rank)[:, None])[..., None], rows, 0.0)
 
     fresh = _each_site(lambda b: {name: take(b[name], b["live"]) for name in ("keys", "values")}, bank)
     kept = _each_site(

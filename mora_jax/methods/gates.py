@@ -30,7 +30,7 @@ def _self_score(z):
 def _top_k(s, exists, k):
     if k >= s.shape[-1]:
         return jnp.broadcast_to(exists, s.shape)
-    _, index = jax.lax.top_k(jnp.where(exists, s, -jnp.inf), k)
+    _, index = jax.lax.top_k(jnp.where(exists, s + 0.0, -jnp.inf), k)  # + 0.0: a negative zero ties with zero
     return jax.nn.one_hot(index, s.shape[-1], dtype=bool).any(axis=-2) & exists
 
 
@@ -47,6 +47,7 @@ SCORES = {
     "raw": lambda z: z,
     "constant": jnp.ones_like,
 }
+NORMALISED = ("self", "absolute")  # the scores that divide by the norm of the responses
 SELECTORS = {
     "top_k": lambda s, exists, method: _top_k(s, exists, method.top_k),
     "all": lambda s, exists, method: jnp.broadcast_to(exists, s.shape),
@@ -57,6 +58,11 @@ NORMALISERS = {
     "softmax_before": lambda s, exists, kept, method: _softmax(s, exists, method.temperature) * kept,
     "sigmoid": lambda s, exists, kept, method: jax.nn.sigmoid(s) * kept,
 }
+
+
+def _is_plain(method: Method) -> bool:
+    """Plain LoRA: every gate is 1, so none is computed."""
+    return (method.score, method.select, method.normalise) == ("constant", "all", "none")
 
 
 def _is_fused(method: Method) -> bool:
@@ -115,7 +121,10 @@ def update(
         y = op.gated_projection(x, bank["keys"], bank["values"], **_op_arguments(bank, fresh, method))
         return (method.scale * y).astype(x.dtype)
     z, exists = _responses(x, bank, fresh)
-    if method.has_gates:
+    if not _is_plain(method):
+        if method.score in NORMALISED:  # without a direction a response is a constant, as in the fused op
+            directed = jnp.sum(z * z, axis=-1, keepdims=True) > reference.FLOOR
+            z = jnp.where(directed | jnp.isnan(z), z, jax.lax.stop_gradient(z))
         z = _compose(z, exists, method, 0.0 if fresh else method.threshold) * z
     frozen = bank["values"].shape[0]
     y = jnp.dot(z[:, :frozen], jax.lax.stop_gradient(bank["values"]))
