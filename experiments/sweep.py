@@ -75,6 +75,9 @@ def main() -> None:
     parser.add_argument("--methods", required=True, help="comma list of presets")
     parser.add_argument("--learning-rates", required=True, help="comma list, tried for every method")
     parser.add_argument("--choose-on", required=True, help="comma list: the first tasks of the stream")
+    parser.add_argument(
+        "--choose-steps", default="", help="steps per task while choosing; default: as in the final runs"
+    )
     parser.add_argument("--seeds", default="0", help="comma list, for the runs on the test split")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the workdirs go, from the repository")
     parser.add_argument("common", nargs=argparse.REMAINDER, help="-- and then arguments of mora_jax.train")
@@ -87,6 +90,7 @@ def main() -> None:
         "what": __doc__.splitlines()[0],
         "command": shlex.join(["python", "experiments/sweep.py", *sys.argv[1:]]),
         "chosen_on": f"overall performance on the eval split of {options.choose_on}",
+        "steps_per_task_while_choosing": options.choose_steps or "as in the final runs",
         "methods": {},
     }
     for method in options.methods.split(","):
@@ -94,6 +98,7 @@ def main() -> None:
         for rate in rates:
             choose = [f"--config.benchmark.tasks={options.choose_on}", "--config.eval.split=eval"]
             choose += [f"--config.method.name={method}", f"--config.train.learning_rate={rate}"]
+            choose += [f"--config.train.steps_per_task={options.choose_steps}"] if options.choose_steps else []
             tried[rate] = train(folder / f"choose_{method}_{rate}", [*common, *choose])
         best = max(rates, key=lambda rate: tried[rate]["summary"]["overall_performance"])  # the first of equals
         final = []

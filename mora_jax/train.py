@@ -114,7 +114,7 @@ class Run:
             )
 
         def make() -> dict[str, Any]:
-            bank, fresh = banks.empty(self.sites, self.method.capacity(max(meta["task"], 0))), {}
+            bank, fresh = banks.empty(self.sites, meta["capacity"]), {}
             if meta["phase"] == "training":
                 fresh = banks.new_fresh(self.sites, self.method, 0, 0)
             return self.arrays(bank, TrainState.create(fresh, self.optimizer) if fresh else None)
@@ -153,6 +153,7 @@ class Run:
             "step": p.step,
             "task": p.task,
             "phase": phase,
+            "capacity": banks.capacity_of(self.bank),
             "fingerprint": self.fingerprint,
             "stream": self.stream_record(),
             "random": f"every draw comes from seed {self.config.seed} and the task's number; there is no running state",

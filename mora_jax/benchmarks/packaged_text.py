@@ -19,7 +19,6 @@ import csv
 import gzip
 import html
 import io
-import itertools
 import json
 import random
 import re
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mora_jax.benchmarks import word_problems
 from mora_jax.benchmarks.stream import Example, Task
 from mora_jax.data import packages
 from mora_jax.errors import MoraError, unknown
@@ -249,106 +249,22 @@ def _python_completion(rng: random.Random) -> Splits:
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Template:
-    """A word problem: text with {n}, {m} (names), {o} (things) and {a}, {b}, {c} (numbers from `ranges`).
-
-    `answer` gives None for numbers that make no sense, such as a division with a remainder.
-    """
-
-    text: str
-    ranges: tuple[range, ...]
-    answer: Callable[..., int | None]
-
-    def problems(self) -> list[tuple[int, ...]]:
-        """All legal numbers, in order: those with an answer from 0 to 99."""
-        answers = ((numbers, self.answer(*numbers)) for numbers in itertools.product(*self.ranges))
-        return [numbers for numbers, answer in answers if answer is not None and 0 <= answer <= 99]
-
-
-_SOME, _FEW, _TIMES = range(5, 70), range(2, 30), range(2, 13)
-_NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Iris", "Jon", "Kim", "Leo", "Mia", "Noah", "Olga")
-_THINGS = ("apples", "books", "buttons", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps")
-
-
-def _quotient(a: int, b: int) -> int | None:
-    return a // b if a % b == 0 and a > b else None
-
-
-_TEMPLATES = (
-    _Template(
-        "{n} has {a} {o}. {m} gives {n} {b} more. How many {o} does {n} have now?", (_SOME, _FEW), lambda a, b: a + b
-    ),
-    _Template(
-        "There are {a} {o} on the table and {b} {o} in a box. How many {o} are there?",
-        (_SOME, _SOME),
-        lambda a, b: a + b,
-    ),
-    _Template(
-        "{n} has {a} {o} and gives {b} of them to {m}. How many {o} does {n} keep?", (_SOME, _FEW), lambda a, b: a - b
-    ),
-    _Template("{n} needs {a} {o} but has only {b}. How many {o} are missing?", (_SOME, _SOME), lambda a, b: a - b),
-    _Template("{n} has {a} {o}. {m} has {b} fewer. How many {o} does {m} have?", (_SOME, _FEW), lambda a, b: a - b),
-    _Template(
-        "{n} fills {a} bags with {b} {o} each. How many {o} are in the bags?", (_TIMES, _TIMES), lambda a, b: a * b
-    ),
-    _Template(
-        "A shop has {a} shelves with {b} {o} on each. How many {o} are there?", (_TIMES, _TIMES), lambda a, b: a * b
-    ),
-    _Template(
-        "{n} has {a} {o}. {m} has {b} times as many. How many {o} does {m} have?", (_FEW, _TIMES), lambda a, b: a * b
-    ),
-    _Template(
-        "{n} shares {a} {o} equally among {b} friends. How many {o} does each get?", (range(4, 100), _TIMES), _quotient
-    ),
-    _Template("{a} {o} are packed into boxes of {b}. How many boxes are filled?", (range(4, 100), _TIMES), _quotient),
-    _Template(
-        "{n} has {a} {o}, buys {b} more and loses {c}. How many {o} are left?",
-        (_SOME, _FEW, _TIMES),
-        lambda a, b, c: a + b - c,
-    ),
-    _Template(
-        "{n} had {a} {o}, sold {b} on Monday and {c} on Tuesday. How many {o} are left?",
-        (_SOME, _FEW, _FEW),
-        lambda a, b, c: a - b - c,
-    ),
-    _Template(
-        "{n} found {a} {o} on Friday, {b} on Saturday and {c} on Sunday. How many {o} is that?",
-        (_FEW, _FEW, _FEW),
-        lambda a, b, c: a + b + c,
-    ),
-    _Template(
-        "{n} buys {a} packs of {b} {o} and had {c} {o} before. How many {o} does {n} have now?",
-        (_TIMES, _TIMES, _FEW),
-        lambda a, b, c: a * b + c,
-    ),
-    _Template(
-        "{n} buys {a} packs of {b} {o} and gives {c} {o} to {m}. How many {o} does {n} keep?",
-        (_TIMES, _TIMES, _FEW),
-        lambda a, b, c: a * b - c,
-    ),
-    _Template(
-        "{n} has {a} {o} and {m} has {b}. They share all {o} equally. How many does each get?",
-        (_SOME, _FEW),
-        lambda a, b: _quotient(a + b, 2),
-    ),
-)
-
-
 def _arithmetic(rng: random.Random) -> Splits:
     # Drawn without replacement: no two records, so no two splits, share template and numbers.
     pools = {
-        f"{i:02d}": [(template, numbers) for numbers in template.problems()] for i, template in enumerate(_TEMPLATES)
+        f"{i:02d}": [(template, numbers) for numbers in template.problems()]
+        for i, template in enumerate(word_problems.TEMPLATES)
     }
     splits: Splits = {}
     for split, items in _balanced(pools, rng).items():
         examples = []
         for (template, numbers), _ in items:
-            names = list(_NAMES)
+            names = list(word_problems.NAMES)
             rng.shuffle(names)
-            words = {"n": names[0], "m": names[1], "o": rng.choice(_THINGS)}
-            problem = template.text.format(**words, **dict(zip("abc", numbers, strict=False)))
-            examples.append(Example(f"{problem}\nAnswer:", f" {template.answer(*numbers)}"))
+            words = {"n": names[0], "m": names[1], "o": rng.choice(word_problems.THINGS)}
+            values = dict(zip("abc", numbers, strict=False))
+            problem, working = template.text.format(**words, **values), template.working.format(**values)
+            examples.append(Example(f"{problem}\nAnswer:", f" {working} = {template.answer(*numbers)}"))
         splits[split] = tuple(examples)
     return splits
 
@@ -370,8 +286,8 @@ class _Row:
 TASKS: dict[str, _Row] = {
     "bbc_topics": _Row(_bbc_topics, "exact_match", 6, BBC_TOPICS),
     "sentiment": _Row(_sentiment, "exact_match", 5, SENTIMENTS),
-    "python_completion": _Row(_python_completion, "fuzzy", 32),
-    "arithmetic": _Row(_arithmetic, "last_number", 6),
+    "python_completion": _Row(_python_completion, "fuzzy", 24),
+    "arithmetic": _Row(_arithmetic, "last_number", 20),
 }
 
 

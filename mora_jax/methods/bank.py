@@ -56,6 +56,11 @@ def empty(sites: Sites, capacity: int) -> dict:
     return unflatten_dict({path: rows(site) for path, site in sites.items()})
 
 
+def capacity_of(bank: Mapping) -> int:
+    """Rows per site; 0 without sites."""
+    return next((leaf.shape[1] for leaf in jax.tree.leaves(bank) if leaf.ndim == 3), 0)
+
+
 def new_fresh(sites: Sites, method: Method, seed: int, task: int) -> dict:
     """Fresh experts for a task, decided by (seed, task, site) alone, so that a resume needs no stored random state."""
     start = INITIALIZERS[method.init]
@@ -69,10 +74,10 @@ def new_fresh(sites: Sites, method: Method, seed: int, task: int) -> dict:
 
 
 def grow(bank: Mapping, capacity: int) -> dict:
-    """The same bank with room for `capacity` rows."""
+    """The same bank with room for at least `capacity` rows."""
 
     def pad(rows):
-        missing = capacity - rows.shape[1]
+        missing = max(0, capacity - rows.shape[1])
         return jnp.pad(rows, ((0, 0), (0, missing), (0, 0))) if missing else rows
 
     return _each_site(lambda b: {"keys": pad(b["keys"]), "values": pad(b["values"]), "live": b["live"]}, bank)

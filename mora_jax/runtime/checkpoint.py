@@ -7,8 +7,10 @@ was never finished and counts as absent.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import absl.logging
+import jax
 import orbax.checkpoint as ocp
 
 from mora_jax.errors import MoraError
@@ -50,6 +53,14 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
+def _check_space(folder: Path, arrays: Any) -> None:
+    """Raises OSError while there is still nothing to clean up; orbax's threads would each print a traceback."""
+    need = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) * 5 // 4 + (1 << 16)  # orbax adds its own files
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes are free, about {need} are needed")
+
+
 class Checkpoints:
     """The checkpoints of one workdir. `keep` bounds those taken inside a task; one per finished task stays."""
 
@@ -70,6 +81,7 @@ class Checkpoints:
             if folder.exists():
                 self._remove(folder)
             folder.mkdir(parents=True)
+            _check_space(folder, arrays)
             self._orbax.save(folder.absolute() / "arrays", arrays)
             self._orbax.wait_until_finished()
             write_json(folder / "meta.json", meta)
@@ -88,6 +100,9 @@ class Checkpoints:
 
         Damaged ones are named on stderr and passed over. Raises MoraError if all that exist are damaged.
         """
+        for folder in self.folder.glob("*/"):
+            if not (folder / MANIFEST).exists():  # a save or a removal that was cut short
+                shutil.rmtree(folder)
         damaged = []
         for folder in self.finished():
             damage = _damage(folder)
@@ -103,9 +118,10 @@ class Checkpoints:
         return None
 
     def _thin(self, meta: dict[str, Any]) -> None:
-        finished = self.finished()
-        inside = [p for p in finished if p.name.endswith("-training")]
-        drop = inside[self.keep :]
+        saved = _name(meta["step"], meta["task"], meta["phase"])
+        # Later ones are damaged and were passed over by the restore: they must not crowd out what is intact.
+        finished = [p for p in self.finished() if p.name <= saved]
+        drop = [p for p in finished if p.name.endswith("-training")][self.keep :]
         if meta["phase"] == "evaluated":  # holds all that the one before the evaluation held
             drop += [p for p in finished if p.name == _name(meta["step"], meta["task"], "trained")]
         for folder in drop:

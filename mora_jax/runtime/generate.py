@@ -99,7 +99,7 @@ class Generator:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         (hidden, cache), stats = forward(tokens, cache, mutable=["stats"])
-        first = choose(hidden)
+        first = jnp.where(length == 0, self.tokenizer.eos_id, choose(hidden))
         ids = jnp.full((b, capacity), self.tokenizer.eos_id, jnp.int32).at[:, 0].set(first)
         done = (first == self.tokenizer.eos_id) | (length == 0)
 

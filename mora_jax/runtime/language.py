@@ -35,8 +35,8 @@ def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[s
     positions = jnp.broadcast_to(jnp.arange(t)[None], tokens.shape)
     hidden, _ = decoder.apply(variables, tokens, positions, causal_mask(t))
     target_at = prompt[:, None] + batch["answers"][None]  # [b a]
-    counts = target_at < length[:, None]
-    target_at = jnp.minimum(target_at, t - 1)
+    counts = (target_at < length[:, None]) & (target_at > 0)  # nothing comes before a row's first token
+    target_at = jnp.clip(target_at, 1, t - 1)
     source = jnp.take_along_axis(hidden, (target_at - 1)[..., None], axis=1)
     logits = decoder.apply(variables, source, method=Decoder.logits)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.take_along_axis(tokens, target_at, axis=1))
