@@ -90,9 +90,7 @@ class Run:
     # -------------------------------------------------------------------- resume
 
     def stream_record(self) -> list[dict[str, Any]]:
-        """What decides each task's part in the results, in order; an old run's list must be a prefix of the new
-        one's.
-        """
+        """What decides each task's part in the results; an old run's list must be a prefix of the new one's."""
         return [
             {"task": task.name, "data": task.digest, "steps": steps, "epochs": epochs}
             for task, (steps, epochs) in zip(self.tasks, self.lengths, strict=True)

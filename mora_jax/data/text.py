@@ -68,9 +68,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Encoder, limit: int) -> tu
 def encode_records(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: Encoder, limits: Limits
 ) -> tuple[list[Record], int]:
-    """Training records, and how many prompts were cut. An answer that is too long is cut on the right and loses its
-    EOS.
-    """
+    """Training records, and how many prompts were cut. An answer that is too long loses its right end and EOS."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     room = limits.prompt - len(bos)
     records, cut = [], 0
@@ -97,9 +95,7 @@ class Plan:
         return len(self.batches)
 
     def __getitem__(self, step: int) -> dict[str, Int[np.ndarray, ...]]:
-        """tokens [b, t], prompt [b] and length [b] (real tokens per row), answers [a]: the offsets that can carry
-        loss.
-        """
+        """tokens [b, t], prompt [b] and length [b] (real tokens), answers [a]: offsets that can carry loss."""
         members, width, answers = self.batches[step]
         rows = [self.records[i] for i in members]
         tokens = np.full((len(rows), width), self.pad_id, np.int32)

@@ -85,9 +85,7 @@ def grow(bank: Mapping, capacity: int) -> dict:
 
 @jax.jit
 def push(bank: Mapping, fresh: Mapping) -> dict:
-    """Fresh experts become the rows after the last live one. Outputs do not change: an expert keeps its scale for
-    life.
-    """
+    """Fresh experts become the rows after the last live one. No output changes: an expert keeps its scale."""
 
     def put(rows, new, live):
         return jax.vmap(lambda r, n, at: jax.lax.dynamic_update_slice(r, n, (at, 0)))(rows, new, live)

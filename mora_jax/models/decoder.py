@@ -31,9 +31,7 @@ REMAT = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers seen so far, and where the next ones go. Static shapes; unwritten slots are
-    masked.
-    """
+    """Keys and values of all layers so far, and where the next ones go. Unwritten slots are masked."""
 
     keys: Float[Array, "layers b kv_heads slots head_dim"]
     values: Float[Array, "layers b kv_heads slots head_dim"]

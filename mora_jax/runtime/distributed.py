@@ -35,9 +35,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(config: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices; one axis may be -1, which takes what the others leave. Raises MoraError if it cannot
-    fit.
-    """
+    """A mesh of all devices; an axis of -1 takes what the others leave. Raises MoraError if it cannot fit."""
     sizes = [config[axis] for axis in AXES]
     devices = jax.devices()
     known = int(np.prod([s for s in sizes if s != -1]))

@@ -20,9 +20,7 @@ PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
 
 
 class GateCounts(NamedTuple):
-    """Sums over prompt tokens and sites: how many pairs there are, how many experts are active, how many pairs have
-    none.
-    """
+    """Sums over (prompt token, site): how many pairs there are, active experts, pairs without any."""
 
     pairs: int = 0
     active: int = 0
@@ -41,9 +39,7 @@ class Generation(NamedTuple):
 
 
 class Generator:
-    """Greedy decoding for one decoder and tokenizer; compiles once per (bank capacity, prompt bucket, answer
-    bucket).
-    """
+    """Greedy decoding for one decoder; compiles once per (bank capacity, prompt bucket, answer bucket)."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh):
         self.decoder, self.tokenizer, self.mesh = decoder, tokenizer, mesh

@@ -1,6 +1,4 @@
-"""The train step: traced once per (bank capacity, batch shape), donated state, everything that varies passed as
-data.
-"""
+"""The train step: traced once per (bank capacity, batch shape); state is donated, what varies is data."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The public face of the sparse gated projection: checks arguments, picks an implementation, joins frozen and fresh
-rows.
-"""
+"""The public face of the op: checks arguments, joins frozen and fresh rows, picks an implementation."""
 
 from __future__ import annotations
 

@@ -26,9 +26,7 @@ def gates(
     threshold: float,
     threshold_mode: str,
 ) -> Float[Array, "t n"]:
-    """g, zero outside the kept experts. Experts that do not exist take no part in the norm, the top-k or the
-    softmax.
-    """
+    """g, zero outside the kept experts. What does not exist takes no part in norm, top-k or softmax."""
     exists = exists[None, :]
     z = jnp.where(exists, z, 0.0)
     norm2 = jnp.sum(z * z, axis=-1, keepdims=True)
