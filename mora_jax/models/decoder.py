@@ -16,17 +16,20 @@ from jaxtyping import Array, Bool, Float, Int
 from mora_jax.methods.method import Method
 from mora_jax.models.decoder_config import DecoderConfig
 from mora_jax.models.layers import Dense, RMSNorm
+from mora_jax.ops.gated_projection import GATES
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-# What the backward pass recomputes: nothing, everything inside a layer, or all but the results of matrix products.
+# What the backward pass recomputes: nothing, everything inside a layer, or all but products and gates.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(GATES)
+    ),
 }
 
 

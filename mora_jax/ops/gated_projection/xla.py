@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax.ops.gated_projection.reference import FLOOR
 
+GATES = "gates"  # the name under which a rematerialisation policy may keep the gates: choosing is dear, a product cheap
 ROUNDS_UP_TO = 16  # the k from which 40 counting passes are cheaper than 2k maximum passes (measured on CPU)
 
 
@@ -122,6 +124,8 @@ def _forward(x, keys, values, exists, how, frozen):
     del frozen
     z = _respond(x, keys, exists)
     s, p, g, inverse = _gate(z, exists, how)
+    p = checkpoint_name(p, GATES)
+    g = p if how.threshold == 0.0 else g
     y = jnp.dot((g * z).T, values.astype(jnp.float32)).astype(x.dtype)
     return y, (x, keys, values, z, s, p, g, inverse)
 
