@@ -36,7 +36,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.decoder_config import DecoderConfig
 from mora_jax.runtime.language import answer_loss
 from mora_jax.runtime.optimizer import make_optimizer
-from mora_jax.runtime.progress import device, versions
+from mora_jax.runtime.results import device, versions
 from mora_jax.runtime.state import TrainState
 from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.writers import write_json

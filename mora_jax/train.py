@@ -35,18 +35,19 @@ from mora_jax.runtime.display import Display
 from mora_jax.runtime.generate import GateCounts
 from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.optimizer import make_optimizer
-from mora_jax.runtime.progress import Progress, Stopped, StopSignals, device, results, versions
+from mora_jax.runtime.progress import Progress, Stopped, StopSignals
+from mora_jax.runtime.results import Results
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.steplog import StepLog
-from mora_jax.runtime.writers import MetricsLog, locked, write_json, write_lines
+from mora_jax.runtime.writers import MetricsLog, locked, write_lines
 
 
 class Run:
     """One stream in one workdir. The methods stand in the order in which `teach` calls them."""
 
     def __init__(self, config: Any, workdir: Path, command: str):
-        self.config, self.workdir, self.command = config, workdir, command
+        self.config, self.workdir = config, workdir
         self.display, self.signals, self.started = Display(), StopSignals(), time.monotonic()
 
         # ---------------------------------------------------------------- tasks, method, model
@@ -86,6 +87,17 @@ class Run:
         self.earlier_seconds = self.progress.wall_seconds
         self.earlier_traces = self.progress.train_traces
         self.log = MetricsLog(workdir, self.progress.step, config.log.tensorboard)
+        self.results = Results(
+            config,
+            self.tasks,
+            self.method,
+            self.sites,
+            frozen_parameters=count_parameters(self.family.params),
+            fingerprint=configs.digest({"config": self.fingerprint, "stream": self.stream_record()}),
+            command=command,
+            workdir=workdir,
+            display=self.display,
+        )
 
     # -------------------------------------------------------------------- resume
 
@@ -186,7 +198,7 @@ class Run:
             log = StepLog(self.log, self.config.log.every_steps, advance)
             while p.task_step < steps:
                 batch, traces = next(data), self.step.traces
-                placed = distributed.place_batch(self.mesh, batch, self.config.train.batch_size)
+                placed = distributed.place_batch(self.mesh, batch)
                 with jax.transfer_guard_host_to_device("disallow"):
                     self.state, metrics = self.step(self.state, self.family.params, self.bank, horizon, placed)
                 p.step, p.task_step = p.step + 1, p.task_step + 1
@@ -275,7 +287,7 @@ class Run:
 
     def teach(self) -> None:
         p = self.progress
-        self.introduce()
+        self.results.introduce()
         self.zero_shot()
         self.write_results()
         while self.method.trains and not self.finished():
@@ -285,85 +297,15 @@ class Run:
             self.fill_row(index)
             self.write_results()
         self.write_results()
-        self.conclude()
+        self.results.conclude(p)
 
     def finished(self) -> bool:
         p = self.progress
         return not self.method.trains or (p.task == len(self.tasks) - 1 and p.phase == "evaluated")
 
-    # -------------------------------------------------------------------- reports
-
-    def trainable(self) -> int:
-        if not self.method.trains:
-            return 0
-        return count_parameters(jax.eval_shape(lambda: banks.new_fresh(self.sites, self.method, 0, 0)))
-
-    def sites_count(self) -> int:
-        return sum(site.layers for site in self.sites.values())
-
-    def introduce(self) -> None:
-        c, m = self.config, self.method
-        last = len(self.tasks) - 1
-        experts = m.rank if m.trains else 0
-        bank = count_parameters(jax.eval_shape(lambda: banks.empty(self.sites, m.capacity(last)))) if m.trains else 0
-        self.display.facts("this run", {
-            "benchmark": f"{c.benchmark.name}: {' -> '.join(self.names)}",
-            "model": f"{c.model.name} ({c.model.dtype}), {count_parameters(self.family.params):,} frozen parameters",
-            "method": m.name,
-            "trainable": f"{self.trainable():,} parameters per task: {experts} experts at {self.sites_count()} sites",
-            "bank": f"{bank:,} parameters when full: up to {m.live_after(last)} experts per site",
-            "global batch": f"{c.train.batch_size} examples a step on {jax.device_count()} device(s)",
-            "device": device(),
-            "workdir": str(self.workdir),
-        })  # fmt: skip
-
-    def facts(self) -> dict[str, Any]:
-        c, split = self.config, self.config.eval.split
-        taught = self.progress.task + (self.progress.phase == "evaluated") - 1
-        stream_hash = {"config": self.fingerprint, "stream": self.stream_record()}
-        return {
-            "benchmark": c.benchmark.name,
-            "tasks": self.names,
-            "metric": [task.metric for task in self.tasks],
-            "baselines": {"majority": [task.majority_percent(split) for task in self.tasks]},
-            "method": c.method.name,
-            "model": c.model.name,
-            "seed": c.seed,
-            "config": c.to_dict(),
-            "fingerprint": configs.digest(stream_hash),
-            "versions": versions(),
-            "trainable_parameters": self.trainable(),
-            "experts_per_site": self.method.live_after(taught),
-            "sites": self.sites_count(),
-            "eval_examples": [len(task.split(split)) for task in self.tasks],
-            "device": device(),
-            "command": self.command,
-        }
-
     def write_results(self) -> None:
         self.progress.wall_seconds = self.earlier_seconds + time.monotonic() - self.started
-        content = results(
-            self.progress, self.facts(), self.log.timing(), trains=self.method.trains, complete=self.finished()
-        )
-        write_json(self.workdir / "results.json", content)
-
-    def conclude(self) -> None:
-        p, trains = self.progress, self.method.trains
-        self.display.matrix(self.names, p.zero_shot, p.R if trains else None)
-        if trains:
-            facts = self.facts()["baselines"]
-            baselines = {
-                "zero-shot": p.zero_shot,
-                "zero-shot, lenient": p.zero_shot_lenient,
-                "majority": facts["majority"],
-            }
-            self.display.gains(self.names, p.R[len(self.tasks) - 1], baselines)
-        self.display.summary(p.summary(trains))
-        active, none = p.gate_report()
-        if self.method.has_gates and active is not None:
-            self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
-        seconds, traces = f"{p.wall_seconds:.0f} s in all", f"train step traced {p.train_traces}x"
-        self.display.say(f"{self.workdir / 'results.json'} written; {seconds}; {traces}")
+        self.results.write(self.progress, self.log.timing(), complete=self.finished())
 
 
 def print_known() -> None:

@@ -76,8 +76,8 @@ class Bench:
         prompt = rng.integers(2, 8, ROWS).astype(np.int32)
         tokens = rng.integers(0, self.family.decoder.config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
         length = np.minimum(prompt + rng.integers(1, 9, ROWS), LENGTH).astype(np.int32)
-        rows = {"tokens": tokens, "prompt": prompt, "length": length, "answers": np.arange(8, dtype=np.int32)}
-        return place_batch(self.mesh, rows, ROWS)
+        rows = {"tokens": tokens, "prompt": prompt, "length": length, "answers": np.arange(8, dtype=np.int32)[None]}
+        return place_batch(self.mesh, rows)
 
     def first_task(self, fewer_sites: bool = False) -> tuple[Any, Any]:
         """An empty bank and the fresh experts of task 0; fewer sites compile faster."""
@@ -278,7 +278,9 @@ def test_the_loss_counts_answer_tokens_only():
     b = Bench.of("zero_shot")
     rng = np.random.default_rng(0)
     rows = {"tokens": rng.integers(0, 256, (2, 12)), "prompt": np.array([4, 5]), "length": np.array([7, 9])}
-    rows = {name: value.astype(np.int32) for name, value in rows.items()} | {"answers": np.arange(6, dtype=np.int32)}
+    rows = {name: value.astype(np.int32) for name, value in rows.items()} | {
+        "answers": np.arange(6, dtype=np.int32)[None]
+    }
     loss = jax.jit(lambda batch: b.family.loss({"params": b.family.params}, batch), compiler_options=FAST)
     whole = loss(rows)
 

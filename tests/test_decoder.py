@@ -335,7 +335,7 @@ def test_depth_costs_no_compile_time(what: str, one: Mesh) -> None:
             "tokens": jnp.ones((2, 16), jnp.int32),
             "prompt": jnp.array([3, 4]),
             "length": jnp.array([9, 16]),
-            "answers": jnp.arange(4),
+            "answers": jnp.arange(4)[None],
         }
         if what == "generate":
             generate = Generator(decoder, Numbers(), one)
@@ -411,7 +411,7 @@ def a_batch(
         "tokens": tokens,
         "prompt": np.array([prompt for prompt, _ in rows], np.int32),
         "length": np.array([length for _, length in rows], np.int32),
-        "answers": np.arange(answers or width, dtype=np.int32),
+        "answers": np.arange(answers or width, dtype=np.int32)[None],
     }
 
 
@@ -525,5 +525,5 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_placed() -> None:
     expected, params = loss_of(batch), random_params(TINY)
     for axes in ({"data": 8, "fsdp": 1, "model": 1}, {"data": 2, "fsdp": 2, "model": 2}):
         mesh = make_mesh(axes)
-        value = jit_loss(Decoder(TINY), {"params": place(mesh, params)}, place_batch(mesh, batch, 8))
+        value = jit_loss(Decoder(TINY), {"params": place(mesh, params)}, place_batch(mesh, batch))
         assert float(value) == pytest.approx(expected, rel=1e-5)

@@ -159,11 +159,11 @@ def test_what_a_restore_fills_in_has_the_shardings_of_place():
 
 def test_batches_are_cut_over_data_and_fsdp_where_they_divide():
     mesh = mesh_of(2, 2, 2)
-    batch = {"tokens": np.zeros((8, 5), np.int32), "length": np.arange(8), "answers": np.arange(3)}
-    placed = place_batch(mesh, batch, rows=8)
-    assert {name: shard(a) for name, a in placed.items()} == {"tokens": (2, 5), "length": (2,), "answers": (3,)}
+    batch = {"tokens": np.zeros((8, 5), np.int32), "length": np.arange(8), "answers": np.zeros((1, 8))}
+    placed = place_batch(mesh, batch)
+    assert {name: shard(a) for name, a in placed.items()} == {"tokens": (2, 5), "length": (2,), "answers": (1, 8)}
     np.testing.assert_array_equal(placed["length"], np.arange(8))
-    odd = place_batch(mesh, {"tokens": np.zeros((6, 5), np.int32)}, rows=6)
+    odd = place_batch(mesh, {"tokens": np.zeros((6, 5), np.int32)})
     assert shard(odd["tokens"]) == (6, 5)
 
 
@@ -211,9 +211,9 @@ def steps_on(mesh: Mesh) -> tuple[list[float], dict]:
             "tokens": rng.integers(0, 256, (ROWS, LENGTH)).astype(np.int32),
             "prompt": rng.integers(2, 8, ROWS).astype(np.int32),
             "length": rng.integers(9, LENGTH + 1, ROWS).astype(np.int32),
-            "answers": np.arange(12, dtype=np.int32),
+            "answers": np.arange(12, dtype=np.int32)[None],
         }
-        batch = place_batch(mesh, rows, ROWS)
+        batch = place_batch(mesh, rows)
         with jax.transfer_guard_host_to_device("disallow"):
             state, metrics = step(state, family.params, bank, horizon, batch)
         losses.append(float(metrics["loss"]))

@@ -15,8 +15,6 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from mora_jax.errors import MoraError
-
 
 class Encoder(Protocol):
     """What this module needs of a tokenizer."""
@@ -95,7 +93,7 @@ class Plan:
         return len(self.batches)
 
     def __getitem__(self, step: int) -> dict[str, Int[np.ndarray, ...]]:
-        """tokens [b, t], prompt [b] and length [b] (real tokens), answers [a]: offsets that can carry loss."""
+        """tokens [b, t], prompt [b] and length [b] (real tokens), answers [1, a]: offsets that can carry loss."""
         members, width, answers = self.batches[step]
         rows = [self.records[i] for i in members]
         tokens = np.full((len(rows), width), self.pad_id, np.int32)
@@ -105,7 +103,7 @@ class Plan:
             "tokens": tokens,
             "prompt": np.array([r.prompt for r in rows], np.int32),
             "length": np.array([len(r.ids) for r in rows], np.int32),
-            "answers": np.arange(answers, dtype=np.int32),
+            "answers": np.arange(answers, dtype=np.int32)[None],
         }
 
 
@@ -115,13 +113,9 @@ def plan_batches(
     """A deterministic order of full batches, each from one length bucket.
 
     Exactly one of `steps` and `epochs` is positive. Every epoch is shuffled by (seed, epoch); records that do not
-    fill a batch wait for their bucket's next epoch, so all are seen equally often. Raises MoraError when a batch can
-    never fill.
+    fill a batch wait for their bucket's next epoch, so all are seen equally often. `train` refuses a task with fewer
+    records than one batch before it gets here.
     """
-    if len(records) < batch_size:
-        raise MoraError(
-            f"{len(records)} training records do not fill one batch; train.batch_size={batch_size} is too large"
-        )
     width = [bucket(len(r.ids), limits.bucket, limits.total) for r in records]
     steps = steps or epochs * len(records) // batch_size
     waiting: dict[int, list[int]] = {}

@@ -34,13 +34,6 @@ def _top_k(s, exists, k):
     return jax.nn.one_hot(index, s.shape[-1], dtype=bool).any(axis=-2) & exists
 
 
-def _softmax(s, mask, tau):
-    peak = jax.lax.stop_gradient(jnp.max(jnp.where(mask, s, -jnp.inf), axis=-1, keepdims=True))
-    weight = jnp.where(mask, jnp.exp((jnp.where(mask, s, peak) - peak) / tau), 0.0)
-    total = jnp.sum(weight, axis=-1, keepdims=True)
-    return weight / jnp.where(total == 0.0, 1.0, total)
-
-
 SCORES = {
     "self": _self_score,
     "absolute": lambda z: jnp.abs(_self_score(z)),
@@ -54,8 +47,8 @@ SELECTORS = {
 }
 NORMALISERS = {
     "none": lambda s, exists, kept, method: kept.astype(s.dtype),
-    "softmax": lambda s, exists, kept, method: _softmax(s, kept, method.temperature),
-    "softmax_before": lambda s, exists, kept, method: _softmax(s, exists, method.temperature) * kept,
+    "softmax": lambda s, exists, kept, method: reference.masked_softmax(s, kept, method.temperature),
+    "softmax_before": lambda s, exists, kept, method: reference.masked_softmax(s, exists, method.temperature) * kept,
     "sigmoid": lambda s, exists, kept, method: jax.nn.sigmoid(s) * kept,
 }
 
@@ -75,9 +68,7 @@ def _compose(z: Float[Array, "t n"], exists: Bool[Array, "1 n"], method: Method,
     kept = SELECTORS[method.select](jax.lax.stop_gradient(s), exists, method)
     g = NORMALISERS[method.normalise](s, exists, kept, method)
     if threshold != 0.0:
-        best = jnp.max(jnp.where(exists, s, -jnp.inf), axis=-1, keepdims=True)
-        relative = jnp.where(best > 0, threshold * best, jnp.inf)
-        g = jnp.where(s >= (threshold if method.threshold_mode == "absolute" else relative), g, 0.0)
+        g = jnp.where(reference.passes(s, exists, threshold, method.threshold_mode), g, 0.0)
     return g
 
 

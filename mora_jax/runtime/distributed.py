@@ -82,11 +82,11 @@ def abstract(mesh: Mesh, shapes: Any) -> Any:
     )
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
-    """A batch on the devices; arrays with `rows` leading rows are cut over data and fsdp, the rest is copied."""
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch on the devices, its rows cut over data and fsdp; what has one row for all, or too few, is copied."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    by_row = P(("data", "fsdp")) if rows % ways == 0 else P()
-    return {
-        name: jax.device_put(value, NamedSharding(mesh, by_row if value.shape[:1] == (rows,) else P()))
-        for name, value in batch.items()
-    }
+
+    def sharding(value: np.ndarray) -> NamedSharding:
+        return NamedSharding(mesh, P() if value.shape[0] % ways else P(("data", "fsdp")))
+
+    return {name: jax.device_put(value, sharding(value)) for name, value in batch.items()}

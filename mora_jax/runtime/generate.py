@@ -69,7 +69,7 @@ class Generator:
             for i, row in enumerate(rows):
                 tokens[i, width - len(row) :] = row
                 length[i] = len(row)
-            batch = place_batch(self.mesh, {"tokens": tokens, "length": length}, batch_size)
+            batch = place_batch(self.mesh, {"tokens": tokens, "length": length})
             ids, counts = jax.device_get(self._run(variables, batch, jnp.int32(max_new_tokens), capacity=capacity))
             gates += GateCounts(*map(int, counts))
             for i, row in zip(members, ids, strict=False):

@@ -27,14 +27,14 @@ PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
 def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
     """Mean cross-entropy over answer tokens (with EOS).
 
-    Only the hidden states that predict an answer token meet the vocabulary: `batch["answers"]` [a] are the offsets from
-    a row's first answer token that can carry loss, and offsets past a row's length count nothing.
+    Only the hidden states that predict an answer token meet the vocabulary: `batch["answers"]` [1, a] are the offsets
+    from a row's first answer token that can carry loss, and offsets past a row's length count nothing.
     """
     tokens, prompt, length = batch["tokens"], batch["prompt"], batch["length"]
     t = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(t)[None], tokens.shape)
     hidden, _ = decoder.apply(variables, tokens, positions, causal_mask(t))
-    target_at = prompt[:, None] + batch["answers"][None]  # [b a]
+    target_at = prompt[:, None] + batch["answers"]  # [b a]
     counts = (target_at < length[:, None]) & (target_at > 0)  # nothing comes before a row's first token
     target_at = jnp.clip(target_at, 1, t - 1)
     source = jnp.take_along_axis(hidden, (target_at - 1)[..., None], axis=1)

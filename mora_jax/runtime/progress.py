@@ -1,23 +1,14 @@
-"""How far a run has come: everything a checkpoint stores beside arrays, and what results.json is made of."""
+"""How far a run has come: everything a checkpoint stores beside arrays; and how it is asked to stop."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import os
-import platform
 import signal
-import sys
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-import mora_jax
 from mora_jax.metrics import continual
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "gguf")
 
 
 @dataclasses.dataclass
@@ -90,54 +81,3 @@ class StopSignals:
 
 class Stopped(Exception):
     """The run was asked to stop and everything worth keeping is saved."""
-
-
-def versions() -> dict[str, str]:
-    """The versions that a number depends on."""
-    ours = {"mora_jax": mora_jax.__version__, "python": platform.python_version()}
-    return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def device() -> str:
-    """Platform, kind and number of devices; on a CPU its name and core count too."""
-    kind = jax.devices()[0]
-    name = f"{kind.platform} {kind.device_kind} x {jax.device_count()}"
-    if kind.platform != "cpu":
-        return name
-    return f"{name} ({_cpu_name()}, {len(os.sched_getaffinity(0))} cores)"
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def rounded(values: Sequence[float | None]) -> list[float | None]:
-    """Percentages with four digits, as results.json shows them."""
-    return [None if v is None else round(v, 4) for v in values]
-
-
-def results(
-    progress: Progress, facts: Mapping[str, Any], timing: Mapping[str, Any], *, trains: bool, complete: bool
-) -> dict[str, Any]:
-    """The content of results.json. `facts` are the keys that do not change while a run goes on."""
-    active, none = progress.gate_report()
-    return {
-        **facts,
-        "R": [rounded(row) for row in progress.R] if trains else None,
-        "zero_shot": rounded(progress.zero_shot),
-        "baselines": {**facts["baselines"], "zero_shot_lenient": rounded(progress.zero_shot_lenient)},
-        "summary": {name: None if v is None else round(v, 4) for name, v in progress.summary(trains).items()},
-        "train_traces": progress.train_traces,
-        **timing,
-        "active_experts_mean": None if active is None else round(active, 4),
-        "tokens_without_expert": None if none is None else round(none, 6),
-        "prompts_truncated": sum(sum(splits.values()) for splits in progress.truncated.values()),
-        "task_seconds": [round(s, 2) for s in progress.task_seconds],
-        "wall_seconds": round(progress.wall_seconds, 2),
-        "complete": complete,
-    }

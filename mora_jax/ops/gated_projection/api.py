@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,9 +25,16 @@ def _reference_gates(x, keys, exists, how: xla.Selection):
     return reference.gates(reference.responses(x, keys), exists, **how._asdict())
 
 
+class Implementation(NamedTuple):
+    """`project(x, keys, values, exists, how, frozen)` -> y and `gates(x, keys, exists, how)` -> g, for x [t, d_in]."""
+
+    project: Callable
+    gates: Callable
+
+
 IMPLEMENTATIONS = {
-    "reference": (_run_reference, _reference_gates),
-    "xla": (xla.gated_projection, xla.gates),
+    "reference": Implementation(_run_reference, _reference_gates),
+    "xla": Implementation(xla.gated_projection, xla.gates),
 }
 
 
@@ -51,13 +61,12 @@ def gated_projection(
     has the dtype of x. Raises ValueError for shapes that do not fit and for values without a meaning.
     """
     keys, values, frozen = _join(keys, values, fresh_keys, fresh_values)
-    _check_x(x, keys)
-    how = _selection(top_k, temperature, threshold, threshold_mode)
-    exists = _exists(live, keys.shape[0], frozen, fresh_keys is not None)
-    run, _ = _implementation(implementation)
-    flat = x.reshape(-1, x.shape[-1])
-    constant = frozen if fresh_keys is not None else 0
-    return run(flat, keys, values, exists, how, constant).reshape(*x.shape[:-1], values.shape[-1])
+    has_fresh = fresh_keys is not None
+    tokens, exists, how, implemented = _prepare(
+        x, keys, frozen, has_fresh, top_k, temperature, threshold, threshold_mode, live, implementation
+    )
+    y = implemented.project(tokens, keys, values, exists, how, frozen if has_fresh else 0)
+    return y.reshape(*x.shape[:-1], values.shape[-1])
 
 
 def gates(
@@ -76,11 +85,10 @@ def gates(
 ) -> Float[Array, "... n_plus_r"]:
     """g for every expert, float32, fresh experts last, zero where an expert does not exist. Arguments as above."""
     keys, _, frozen = _join(keys, values, fresh_keys, fresh_values)
-    _check_x(x, keys)
-    how = _selection(top_k, temperature, threshold, threshold_mode)
-    exists = _exists(live, keys.shape[0], frozen, fresh_keys is not None)
-    _, run = _implementation(implementation)
-    return run(x.reshape(-1, x.shape[-1]), keys, exists, how).reshape(*x.shape[:-1], keys.shape[0])
+    tokens, exists, how, implemented = _prepare(
+        x, keys, frozen, fresh_keys is not None, top_k, temperature, threshold, threshold_mode, live, implementation
+    )
+    return implemented.gates(tokens, keys, exists, how).reshape(*x.shape[:-1], keys.shape[0])
 
 
 def _join(keys, values, fresh_keys, fresh_values):
@@ -102,9 +110,13 @@ def _join(keys, values, fresh_keys, fresh_values):
     return keys, values, frozen
 
 
-def _check_x(x, keys):
+def _prepare(x, keys, frozen, has_fresh, top_k, temperature, threshold, threshold_mode, live, implementation):
+    """x as [tokens, d_in], which rows exist, the static half of the gate, and who computes it."""
     if x.ndim < 1 or x.shape[-1] != keys.shape[1]:
         raise ValueError(f"x [..., d_in] must end in the d_in of keys {keys.shape}; got {x.shape}")
+    how = _selection(top_k, temperature, threshold, threshold_mode)
+    exists = _exists(live, keys.shape[0], frozen, has_fresh)
+    return x.reshape(-1, x.shape[-1]), exists, how, _implementation(implementation)
 
 
 def _selection(top_k, temperature, threshold, threshold_mode) -> xla.Selection:
@@ -127,7 +139,7 @@ def _exists(live, rows: int, frozen: int, has_fresh: bool):
     return exists | (index >= frozen) if has_fresh else exists
 
 
-def _implementation(name: str | None):
+def _implementation(name: str | None) -> Implementation:
     name = name or "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {name!r} is not available here; known: {', '.join(sorted(IMPLEMENTATIONS))}")

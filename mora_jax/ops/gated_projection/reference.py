@@ -17,6 +17,22 @@ def responses(x: Float[Array, "t d_in"], keys: Float[Array, "n d_in"]) -> Float[
     return jnp.dot(x.astype(jnp.float32), keys.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
 
 
+def masked_softmax(s: Float[Array, "t n"], mask: Bool[Array, "t n"], temperature: float) -> Float[Array, "t n"]:
+    """softmax(s / temperature) over the columns in the mask, zero elsewhere and in rows without any."""
+    peak = jax.lax.stop_gradient(jnp.max(jnp.where(mask, s, -jnp.inf), axis=-1, keepdims=True))
+    weight = jnp.where(mask, jnp.exp((jnp.where(mask, s, peak) - peak) / temperature), 0.0)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    return weight / jnp.where(total == 0.0, 1.0, total)
+
+
+def passes(s: Float[Array, "t n"], exists: Bool[Array, "#t n"], threshold: float, mode: str) -> Bool[Array, "t n"]:
+    """Which scores reach the bar of Eq. 8: `threshold` itself, or that share of the best score if this is positive."""
+    if mode == "absolute":
+        return s >= threshold
+    best = jnp.max(jnp.where(exists, s, -jnp.inf), axis=-1, keepdims=True)
+    return s >= jnp.where(best > 0, threshold * best, jnp.inf)
+
+
 def gates(
     z: Float[Array, "t n"],
     exists: Bool[Array, " n"],
@@ -33,14 +49,9 @@ def gates(
     s = z * jax.lax.rsqrt(jnp.maximum(norm2, FLOOR))  # Eq. 5
     rank = jnp.argsort(jnp.argsort(jnp.where(exists, -s, jnp.inf), axis=-1, stable=True), axis=-1)
     kept = (rank < top_k) & exists  # Eq. 6; a stable sort keeps the lowest index among ties
-    peak = jnp.max(jnp.where(kept, s, -jnp.inf), axis=-1, keepdims=True)
-    weight = jnp.where(kept, jnp.exp((jnp.where(kept, s, peak) - peak) / temperature), 0.0)
-    total = jnp.sum(weight, axis=-1, keepdims=True)
-    g = weight / jnp.where(total == 0.0, 1.0, total)  # Eq. 7
+    g = masked_softmax(s, kept, temperature)  # Eq. 7
     if threshold != 0.0:  # Eq. 8, at inference
-        best = jnp.max(jnp.where(exists, s, -jnp.inf), axis=-1, keepdims=True)
-        bar = threshold if threshold_mode == "absolute" else jnp.where(best > 0, threshold * best, jnp.inf)
-        g = jnp.where(s >= bar, g, 0.0)
+        g = jnp.where(passes(s, exists, threshold, threshold_mode), g, 0.0)
     return g
 
 

@@ -1,0 +1,154 @@
+"""What a run tells: the opening table, results.json after every row of R, the closing tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mora_jax
+from mora_jax.benchmarks.stream import Task
+from mora_jax.methods import bank as banks
+from mora_jax.methods.method import Method
+from mora_jax.runtime.display import Display
+from mora_jax.runtime.progress import Progress
+from mora_jax.runtime.state import count_parameters
+from mora_jax.runtime.writers import write_json
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "gguf")
+
+
+class Results:
+    """One run's results.json and tables. `facts` holds what does not change while the run goes on."""
+
+    def __init__(
+        self,
+        config: Any,
+        tasks: Sequence[Task],
+        method: Method,
+        sites: banks.Sites,
+        *,
+        frozen_parameters: int,
+        fingerprint: str,
+        command: str,
+        workdir: Path,
+        display: Display,
+    ):
+        self.method, self.sites, self.display = method, sites, display
+        self.path = workdir / "results.json"
+        self.names = [task.name for task in tasks]
+        self.frozen_parameters = frozen_parameters
+        split = config.eval.split
+        fresh = jax.eval_shape(lambda: banks.new_fresh(sites, method, 0, 0)) if method.trains else {}
+        self.facts = {
+            "benchmark": config.benchmark.name,
+            "tasks": self.names,
+            "metric": [task.metric for task in tasks],
+            "majority": [task.majority_percent(split) for task in tasks],
+            "method": config.method.name,
+            "model": config.model.name,
+            "seed": config.seed,
+            "config": config.to_dict(),
+            "fingerprint": fingerprint,
+            "versions": versions(),
+            "trainable_parameters": count_parameters(fresh),
+            "sites": sum(site.layers for site in sites.values()),
+            "eval_examples": [len(task.split(split)) for task in tasks],
+            "device": device(),
+            "command": command,
+        }
+
+    def introduce(self) -> None:
+        """The table a run begins with."""
+        m, facts, c = self.method, self.facts, self.facts["config"]
+        last = len(self.names) - 1
+        full = jax.eval_shape(lambda: banks.empty(self.sites, m.capacity(last))) if m.trains else {}
+        experts = f"{m.rank if m.trains else 0} experts at {facts['sites']} sites"
+        self.display.facts("this run", {
+            "benchmark": f"{facts['benchmark']}: {' -> '.join(self.names)}",
+            "model": f"{facts['model']} ({c['model']['dtype']}), {self.frozen_parameters:,} frozen parameters",
+            "method": facts["method"],
+            "trainable": f"{facts['trainable_parameters']:,} parameters per task: {experts}",
+            "bank": f"{count_parameters(full):,} parameters when full: up to {m.live_after(last)} experts per site",
+            "global batch": f"{c['train']['batch_size']} examples a step on {jax.device_count()} device(s)",
+            "device": facts["device"],
+            "workdir": str(self.path.parent),
+        })  # fmt: skip
+
+    def write(self, progress: Progress, timing: Mapping[str, Any], *, complete: bool) -> None:
+        """results.json as it stands now."""
+        facts, trains = dict(self.facts), self.method.trains
+        baselines = {"majority": facts.pop("majority"), "zero_shot_lenient": rounded(progress.zero_shot_lenient)}
+        taught = progress.task + (progress.phase == "evaluated") - 1
+        summary = progress.summary(trains)
+        active, none = progress.gate_report()
+        content = {
+            **facts,
+            "experts_per_site": self.method.live_after(taught),
+            "R": [rounded(row) for row in progress.R] if trains else None,
+            "zero_shot": rounded(progress.zero_shot),
+            "baselines": baselines,
+            "summary": dict(zip(summary, rounded(summary.values()), strict=True)),
+            "train_traces": progress.train_traces,
+            **timing,
+            "active_experts_mean": None if active is None else round(active, 4),
+            "tokens_without_expert": None if none is None else round(none, 6),
+            "prompts_truncated": sum(sum(splits.values()) for splits in progress.truncated.values()),
+            "task_seconds": [round(s, 2) for s in progress.task_seconds],
+            "wall_seconds": round(progress.wall_seconds, 2),
+            "complete": complete,
+        }
+        write_json(self.path, content)
+
+    def conclude(self, p: Progress) -> None:
+        """The tables a run ends with."""
+        trains = self.method.trains
+        self.display.matrix(self.names, p.zero_shot, p.R if trains else None)
+        if trains:
+            baselines = {
+                "zero-shot": p.zero_shot,
+                "zero-shot, lenient": p.zero_shot_lenient,
+                "majority": self.facts["majority"],
+            }
+            self.display.gains(self.names, p.R[len(self.names) - 1], baselines)
+        self.display.summary(p.summary(trains))
+        active, none = p.gate_report()
+        if self.method.has_gates and active is not None:
+            self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
+        seconds, traces = f"{p.wall_seconds:.0f} s in all", f"train step traced {p.train_traces}x"
+        self.display.say(f"{self.path} written; {seconds}; {traces}")
+
+
+def rounded(values: Iterable[float | None]) -> list[float | None]:
+    """Percentages with four digits, as results.json shows them."""
+    return [None if v is None else round(v, 4) for v in values]
+
+
+def versions() -> dict[str, str]:
+    """The versions that a number depends on."""
+    ours = {"mora_jax": mora_jax.__version__, "python": platform.python_version()}
+    return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def device() -> str:
+    """Platform, kind and number of devices; on a CPU its name and core count too."""
+    kind = jax.devices()[0]
+    name = f"{kind.platform} {kind.device_kind} x {jax.device_count()}"
+    if kind.platform != "cpu":
+        return name
+    return f"{name} ({_cpu_name()}, {len(os.sched_getaffinity(0))} cores)"
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
