@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+pytest_plugins = ["launching", "interruptions"]  # the fixtures that run the binary
+
 ROOT = Path(__file__).resolve().parent.parent
 # Real task data: never committed, so absent from most clones.
 SHARED = Path(os.environ.get("MORA_JAX_SHARED_DATA", ROOT.parent / "shared" / "data"))

@@ -1,4 +1,4 @@
-"""The decoder against transformers, token by token; its loss against NumPy; and that depth costs no compile time."""
+"""The decoder against transformers, token by token; its dtypes; and that depth costs no compile time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import re
 from collections.abc import Sequence
-from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,35 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from tiny_decoder import TINY, our_logits, random_params
 
 from mora_jax.benchmarks import stream
 from mora_jax.data import packages
-from mora_jax.data.text import Limits as TextLimits
-from mora_jax.data.text import Record, encode_prompts, plan_batches
+from mora_jax.data.text import encode_prompts
 from mora_jax.models import gguf, hf
-from mora_jax.models.decoder import REMAT, Cache, Decoder, causal_mask
-from mora_jax.models.decoder_config import DecoderConfig
+from mora_jax.models.decoder import Cache, Decoder
 from mora_jax.models.registry import SMOLLM2
 from mora_jax.models.tokenizer import Tokenizer
-from mora_jax.runtime.distributed import AXES, make_mesh, place, place_batch
+from mora_jax.runtime.distributed import AXES
 from mora_jax.runtime.generate import Generator
 from mora_jax.runtime.language import answer_loss
 
 TOLERANCE = 2e-4  # of a logit, float32, absolute
 
-TINY = DecoderConfig(
-    vocab_size=61,
-    d_model=24,
-    d_ff=40,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=6,
-    rope_theta=5000.0,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    max_positions=256,
-)
 VARIANTS = {
     "gqa": {},
     "mha": {"kv_heads": 4},
@@ -101,18 +86,6 @@ def transformers_or_skip() -> tuple[Any, Any]:
 def ids_of(lengths: Sequence[int], vocab: int) -> list[list[int]]:
     rng = np.random.default_rng(1)
     return [rng.integers(1, vocab, length).tolist() for length in lengths]
-
-
-@partial(jax.jit, static_argnums=0)
-def forward(decoder: Decoder, params: Any, tokens: jax.Array, start: jax.Array) -> jax.Array:
-    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1])[None], tokens.shape)
-    hidden, _ = decoder.apply({"params": params}, tokens, positions, causal_mask(tokens.shape[1]))
-    return decoder.apply({"params": params}, hidden, method=Decoder.logits)
-
-
-def our_logits(decoder: Decoder, params: Any, tokens: Any, start: int = 0) -> np.ndarray:
-    """[b t vocab]; `start` is the position of the first token."""
-    return np.asarray(forward(decoder, params, np.asarray(tokens, np.int32), np.int32(start)))
 
 
 def their_logits(torch: Any, model: Any, tokens: Any) -> np.ndarray:
@@ -259,22 +232,6 @@ def test_smollm2_greedy_text_equals_transformers(
 # --- dtypes, depth, recomputation -------------------------------------------------------------------------------------
 
 
-@cache
-def random_params(config: DecoderConfig, scale: float = 0.3) -> Any:
-    """Random float32 parameters away from what initialisers give: no zero bias, no unit norm."""
-    shapes = jax.eval_shape(
-        lambda key: Decoder(config).init(key, jnp.zeros((1, 2), jnp.int32), method=Decoder.initialise),
-        jax.random.key(0),
-    )["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
-        return rng.normal(mean, scale, leaf.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_bfloat16_is_close_to_float32(tied: bool) -> None:
     config = dataclasses.replace(TINY, tie_embeddings=tied, attention_bias=True, output_bias=True, mlp_bias=True)
@@ -357,18 +314,6 @@ def test_depth_costs_no_compile_time(what: str, one: Mesh) -> None:
     assert re.sub(r"\d+", "", shallow) == re.sub(r"\d+", "", deep)
 
 
-def test_recomputation_changes_neither_loss_nor_gradient() -> None:
-    params, batch = random_params(TINY), a_batch(ROWS)
-
-    def both(name: str) -> Any:
-        decoder = Decoder(TINY, remat=name)
-        return jax.jit(jax.value_and_grad(lambda p: answer_loss(decoder, {"params": p}, batch)))(params)
-
-    expected = both("none")
-    for name in REMAT.keys() - {"none"}:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), both(name), expected)
-
-
 def test_unread_slots_and_padding_tokens_are_never_seen() -> None:
     """A query sees what its mask shows and nothing else: other tokens and other cache contents change no bit."""
     decoder, params = Decoder(TINY), random_params(TINY)
@@ -389,141 +334,3 @@ def test_unread_slots_and_padding_tokens_are_never_seen() -> None:
     dirty = dirty._replace(keys=dirty.keys + 1e3, values=dirty.values - 1e3)
     np.testing.assert_array_equal(run(other, dirty)[0, 4:], clean[0, 4:])
     assert np.isfinite(clean).all()
-
-
-# --- the loss over answers --------------------------------------------------------------------------------------------
-
-EOS = 2
-# (length of the prompt with BOS, length of the row): a usual row, a long answer, EOS only, a one-token prompt.
-ROWS = ((5, 9), (3, 14), (7, 8), (1, 6))
-
-
-def a_batch(
-    rows: Sequence[tuple[int, int]], width: int = 16, pad: int = EOS, answers: int | None = None
-) -> dict[str, Any]:
-    """Right-padded rows that end with EOS; the ids of a row do not depend on the width or the padding."""
-    rng = np.random.default_rng(5)
-    tokens = np.full((len(rows), width), pad, np.int32)
-    for target, (_, length) in zip(tokens, rows, strict=True):
-        target[:length] = rng.integers(3, TINY.vocab_size, 64)[:length]
-        target[length - 1] = EOS
-    return {
-        "tokens": tokens,
-        "prompt": np.array([prompt for prompt, _ in rows], np.int32),
-        "length": np.array([length for _, length in rows], np.int32),
-        "answers": np.arange(answers or width, dtype=np.int32)[None],
-    }
-
-
-jit_loss = jax.jit(answer_loss, static_argnums=0)
-
-
-def loss_of(batch: dict[str, Any], config: DecoderConfig = TINY, dtype: Any = jnp.float32) -> float:
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(config))
-    value = jit_loss(Decoder(config, dtype=dtype), {"params": params}, batch)
-    assert (value.shape, value.dtype) == ((), jnp.float32)
-    return float(value)
-
-
-def by_hand(batch: dict[str, Any], config: DecoderConfig = TINY) -> float:
-    """Row by row and token by token in float64: position i is predicted from the hidden state at i - 1."""
-    losses = []
-    for tokens, prompt, length in zip(batch["tokens"], batch["prompt"], batch["length"], strict=True):
-        alone = np.zeros((1, 64), np.int32)  # one shape for all rows; what stands behind a row is never seen
-        alone[0, :length] = tokens[:length]
-        logits = our_logits(Decoder(config), random_params(config), alone)[0].astype(np.float64)
-        for i in range(prompt, length):
-            row = logits[i - 1] - logits[i - 1].max()
-            losses.append(np.log(np.exp(row).sum()) - row[tokens[i]])
-    return float(np.mean(losses)) if losses else 0.0
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_loss_by_hand(tied: bool) -> None:
-    config = dataclasses.replace(TINY, tie_embeddings=tied)
-    batch = a_batch(ROWS)
-    assert loss_of(batch, config) == pytest.approx(by_hand(batch, config), rel=1e-5)
-    assert by_hand(batch, config) > 1.0
-
-
-def test_the_loss_is_a_mean_over_tokens_not_over_rows() -> None:
-    each = [loss_of({k: v if k == "answers" else v[i : i + 1] for k, v in a_batch(ROWS).items()}) for i in range(4)]
-    counts = [length - prompt for prompt, length in ROWS]
-    assert loss_of(a_batch(ROWS)) == pytest.approx(np.average(each, weights=counts), rel=1e-5)
-
-
-def test_a_row_without_an_answer_counts_nothing() -> None:
-    # Rows of one length, one of which is all prompt.
-    batch = a_batch(((5, 9), (9, 9), (3, 14)))
-    assert loss_of(batch) == pytest.approx(by_hand(batch), rel=1e-5)
-    without = {k: v if k == "answers" else v[[0, 2]] for k, v in batch.items()}
-    assert loss_of(batch) == pytest.approx(loss_of(without), rel=1e-5)
-
-
-def test_a_batch_without_any_answer_is_zero_with_zero_gradient() -> None:
-    batch = a_batch(((9, 9), (16, 16)))
-    value, gradient = jax.jit(
-        jax.value_and_grad(lambda p: answer_loss(Decoder(TINY), {"params": p}, batch))
-    )(random_params(TINY))  # fmt: skip
-    assert value == 0.0
-    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))
-
-
-def test_the_padding_token_does_not_matter_not_even_as_eos() -> None:
-    """EOS inside an answer and at its end counts as a target, EOS behind it does not."""
-    batch, other = a_batch(ROWS, pad=EOS), a_batch(ROWS, pad=7)
-    for tokens in (batch["tokens"], other["tokens"]):
-        tokens[1, 8] = EOS  # in the middle of the answer
-    assert loss_of(batch) == loss_of(other)
-    assert loss_of(batch) == pytest.approx(by_hand(batch), rel=1e-5)
-
-
-@pytest.mark.parametrize("width", [14, 24, 40])
-def test_right_padding_does_not_change_the_loss(width: int) -> None:
-    assert loss_of(a_batch(ROWS, width=width)) == pytest.approx(loss_of(a_batch(ROWS)), rel=1e-6)
-
-
-@pytest.mark.parametrize("answers", [11, 12, 16, 64])
-def test_offsets_past_the_length_count_nothing(answers: int) -> None:
-    """11 is the longest answer; 64 offsets reach far behind the last column."""
-    assert loss_of(a_batch(ROWS, answers=answers)) == pytest.approx(by_hand(a_batch(ROWS)), rel=1e-5)
-
-
-def test_offsets_that_are_missing_count_nothing_either() -> None:
-    """With 4 offsets the answers end after 4 tokens: what the quarter rule must never do to an answer."""
-    batch = a_batch(ROWS, answers=4)
-    cut = batch | {"length": np.minimum(batch["length"], batch["prompt"] + 4)}
-    assert loss_of(batch) == pytest.approx(by_hand(cut), rel=1e-5)
-
-
-def test_a_row_without_prompt_does_not_learn_its_first_token() -> None:
-    """No BOS and an empty prompt: nothing precedes the first token, so nothing can predict it."""
-    batch = a_batch(((0, 6), (3, 9)))
-    expected = by_hand(batch | {"prompt": np.array([1, 3], np.int32)})
-    assert loss_of(batch) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_loss_in_bfloat16_is_close() -> None:
-    assert loss_of(a_batch(ROWS), dtype=jnp.bfloat16) == pytest.approx(loss_of(a_batch(ROWS)), rel=0.03)
-
-
-def test_the_loss_of_planned_batches_by_hand() -> None:
-    """From records to the loss: whatever widths the plan chooses, every answer token of every record counts once."""
-    rng = np.random.default_rng(3)
-    records = [
-        Record((*rng.integers(3, 61, n).tolist(), EOS), p) for n, p in ((6, 5), (7, 2), (20, 17), (29, 3), (9, 9))
-    ]
-    limits = TextLimits(prompt=20, answer=30, bucket=8)
-    plan = plan_batches(records, limits=limits, batch_size=1, steps=0, epochs=1, seed=0, pad_id=EOS)
-    assert {b[2] == b[1] // 4 for b in plan.batches} == {True, False}
-    for step in range(len(plan)):
-        assert loss_of(plan[step]) == pytest.approx(by_hand(plan[step]), rel=1e-5)
-
-
-def test_the_loss_does_not_depend_on_how_a_batch_is_placed() -> None:
-    batch = a_batch((*ROWS, *ROWS))
-    expected, params = loss_of(batch), random_params(TINY)
-    for axes in ({"data": 8, "fsdp": 1, "model": 1}, {"data": 2, "fsdp": 2, "model": 2}):
-        mesh = make_mesh(axes)
-        value = jit_loss(Decoder(TINY), {"params": place(mesh, params)}, place_batch(mesh, batch))
-        assert float(value) == pytest.approx(expected, rel=1e-5)

