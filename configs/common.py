@@ -28,7 +28,7 @@ def base() -> ConfigDict:
             "name": "smollm2-135m",
             "weights": "",  # a .gguf file, a folder with safetensors, or a hub id; empty = what the name stands for
             "dtype": "float32",  # of frozen weights and activations: float32 or bfloat16
-            "remat": "dots",  # what the backward pass recomputes: none, dots (all but matrix products), full
+            "remat": "dots",  # what the backward pass recomputes: none, dots (all but dense products), full
         }
     )
     c.method = ConfigDict(

@@ -1,40 +1,43 @@
 """How fast is a train step? MoRA against plain LoRA of equal rank here, and against the published layer in PyTorch.
 
-Command    python experiments/bench_train_step.py [--steps 5] [--no-torch]
+Command    python experiments/bench_train_step.py [--turns 3] [--experts 8,64,160] [--no-torch]
 Needs      torch and transformers (requirements-dev.txt) for the PyTorch column
 Result     experiments/results/bench_train_step.json
 
-Shape: SmolLM2-135M with random weights, 8 x 128 tokens, q, k, v, o adapted, float32, the loss on the last quarter of
-the positions. n experts per site, 8 of them trainable. The machines are noisy, so the contestants take turns, and what
-to quote is the ratio of medians within one run. "published" is our transcription of the layer that the authors describe
-(arXiv 2506.21035, Eq. 4 to 8; top-k, scatter, alpha / r on the fresh values) inside transformers' Llama, with its loss
-over the whole sequence; it is here to compare speed and shares no code with theirs.
+Shape: SmolLM2-135M, 8 x 128 tokens, q, k, v, o adapted, float32, the loss on the last quarter of the positions. n
+experts per site, 8 of them trainable. Every contestant lives in a process of its own, with the memory to itself, and
+they take turns, because the machines are noisy: what to quote is the ratio of medians within one run. A turn is a few
+steps on end, as in training; the first is not counted, for it pays for what the contestant before it did to the caches.
+"published" is our transcription of the layer that the authors describe (arXiv 2506.21035, Eq. 4 to 8; top-k, scatter,
+alpha / r on the fresh values) inside transformers' Llama, with its loss over the whole sequence; it is here to compare
+speed and shares no code with theirs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
+from mora_jax.config import load
 from mora_jax.methods import bank as banks
 from mora_jax.methods.method import from_config
-from mora_jax.methods.presets import preset
-from mora_jax.models.decoder import Decoder
-from mora_jax.models.decoder_config import DecoderConfig
-from mora_jax.runtime.language import answer_loss
+from mora_jax.models.registry import load_model
+from mora_jax.runtime.distributed import make_mesh, place, place_batch
+from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.results import device, versions
 from mora_jax.runtime.state import TrainState
@@ -42,73 +45,48 @@ from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.writers import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG = str(ROOT / "configs/llm_cl.py")
 BATCH, LENGTH, ANSWER, FRESH = 8, 128, 32, 8
-EXPERTS = (8, 64, 160)
-SMOLLM2 = DecoderConfig(
-    vocab_size=49152,
-    d_model=576,
-    d_ff=1536,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    rope_theta=1e5,
-    norm_eps=1e-5,
-    tie_embeddings=True,
-    max_positions=8192,
-)
-OPTIMIZER = {"clip_norm": 1.0, "adam_b1": 0.9, "adam_b2": 0.95, "weight_decay": 0.0}
+STEPS = 3  # counted, in a turn
+Step = Callable[[], None]
 
 
-def random_params() -> dict:
-    """SmolLM2-shaped weights; their values do not matter to the clock."""
-    decoder = Decoder(SMOLLM2)
-    shapes = jax.eval_shape(
-        lambda: decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=Decoder.initialise)
-    )["params"]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: jnp.asarray(0.02 * rng.standard_normal(s.shape, dtype=np.float32)), shapes)
-
-
-def jax_step(name: str, experts: int, params: dict, remat: str) -> Callable[[], None]:
+def jax_step(name: str, experts: int, remat: str) -> Step:
     """One train step of a preset with a full bank of `experts` - 8 rows, as a function that returns when it is done."""
-    axes = {"targets": "attn/q,attn/k,attn/v,attn/o", "capacity_bucket": 1}
-    method = from_config(preset(name) | axes)
-    decoder = Decoder(SMOLLM2, method, remat=remat)
-    kinds = {p[:-1]: "/".join(p[1:-1]) for p in flatten_dict(params) if p[0] == "layers" and p[-1] == "kernel"}
-    sites = banks.find_sites(params, kinds, method)
+    config = load(f"{CONFIG}:model=smollm2-135m,method={name}", {"method.capacity_bucket": "1", "model.remat": remat})
+    method = from_config(config.method, config.kernel)
+    family = LanguageFamily(load_model(config.model, 0), method, config, make_mesh(config.mesh))
+    sites = banks.find_sites(family.params, family.site_kinds, method)
     rng = np.random.default_rng(1)
     frozen = experts - FRESH
+
+    def filled(rows: jax.Array) -> jax.Array:
+        if rows.ndim < 3:
+            return jnp.full_like(rows, frozen)
+        return jnp.asarray(0.02 * rng.standard_normal(rows.shape, dtype=np.float32))
+
     bank = banks.empty(sites, max(frozen, 1))
-    if frozen:
-        bank = jax.tree.map(
-            lambda leaf: (
-                jnp.asarray(0.02 * rng.standard_normal(leaf.shape, dtype=np.float32))
-                if leaf.ndim == 3
-                else jnp.full_like(leaf, frozen)
-            ),
-            bank,
-        )
-    optimizer = make_optimizer(OPTIMIZER)
-    step = TrainStep(lambda variables, batch: answer_loss(decoder, variables, batch), optimizer, "constant", 1e-3)
-    state = TrainState.create(banks.new_fresh(sites, method, 0, 0), optimizer)
-    batch = {
-        "tokens": jnp.asarray(rng.integers(0, SMOLLM2.vocab_size, (BATCH, LENGTH)), jnp.int32),
-        "prompt": jnp.full((BATCH,), LENGTH - ANSWER, jnp.int32),
-        "length": jnp.full((BATCH,), LENGTH, jnp.int32),
-        "answers": jnp.arange(ANSWER, dtype=jnp.int32),
+    bank = place(family.mesh, jax.tree.map(filled, bank) if frozen else bank)
+    optimizer = make_optimizer(config.train)
+    step = TrainStep(family.loss, optimizer, "constant", 1e-3)
+    state = place(family.mesh, TrainState.create(banks.new_fresh(sites, method, 0, 0), optimizer))
+    rows = {
+        "tokens": rng.integers(0, family.decoder.config.vocab_size, (BATCH, LENGTH), dtype=np.int32),
+        "prompt": np.full((BATCH,), LENGTH - ANSWER, np.int32),
+        "length": np.full((BATCH,), LENGTH, np.int32),
+        "answers": np.arange(ANSWER, dtype=np.int32)[None],
     }
-    horizon = jnp.float32(100)
+    batch, horizon = place_batch(family.mesh, rows), place(family.mesh, jnp.float32(100))
 
     def run() -> None:
         nonlocal state
-        state, metrics = step(state, params, bank, horizon, batch)
+        state, metrics = step(state, family.params, bank, horizon, batch)
         jax.block_until_ready(metrics)
 
     return run
 
 
-def torch_step(experts: int) -> Callable[[], None]:
+def torch_step(experts: int) -> Step:
     """The same step with the published layer in PyTorch."""
     import torch
     import transformers
@@ -133,7 +111,8 @@ def torch_step(experts: int) -> Callable[[], None]:
             return self.base(x) + (g * z) @ values
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2.to_hf()))
+    sizes = load_model(load(CONFIG, {}).model, 0).config
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes.to_hf()))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in model.model.layers:
@@ -141,7 +120,7 @@ def torch_step(experts: int) -> Callable[[], None]:
             setattr(layer.self_attn, name, Published(getattr(layer.self_attn, name)))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3, betas=(0.9, 0.95))
-    tokens = torch.randint(0, SMOLLM2.vocab_size, (BATCH, LENGTH))
+    tokens = torch.randint(0, sizes.vocab_size, (BATCH, LENGTH))
     labels = tokens.clone()
     labels[:, : LENGTH - ANSWER] = -100
 
@@ -154,17 +133,50 @@ def torch_step(experts: int) -> Callable[[], None]:
     return run
 
 
-def take_turns(contestants: dict[str, Callable[[], None]], steps: int) -> dict[str, list[float]]:
-    """Seconds of each step; every contestant has one go, then the next round starts. One uncounted go each first."""
-    for run in contestants.values():
-        run()
-    seconds = {name: [] for name in contestants}
-    for _ in range(steps):
-        for name, run in contestants.items():
+def serve(connection: Connection, name: str, experts: int, remat: str) -> None:
+    """A contestant's process: takes as many steps as each message says and answers with their seconds."""
+    step = torch_step(experts) if name == "published_pytorch" else jax_step(name, experts, remat)
+    while steps := connection.recv():
+        seconds = []
+        for _ in range(steps):
             started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+            step()
+            seconds.append(time.perf_counter() - started)
+        connection.send(seconds)
+
+
+def take_turns(names: Sequence[str], experts: int, remat: str, turns: int) -> dict[str, list[float]]:
+    """Seconds of each counted step. A round before the first compiles."""
+    processes = multiprocessing.get_context("spawn")
+    contestants, seconds = {}, {name: [] for name in names}
+    for name in names:
+        here, there = processes.Pipe()
+        process = processes.Process(target=serve, args=(there, name, experts, remat), daemon=True)
+        process.start()
+        there.close()  # so that a contestant that dies ends the wait for its answer
+        contestants[name] = (process, here)
+    for turn in range(turns + 1):
+        for name, (_, connection) in contestants.items():
+            connection.send(1 + STEPS if turn else 1)
+            seconds[name] += connection.recv()[1:]
+    for process, connection in contestants.values():
+        connection.send(0)
+        process.join()
     return seconds
+
+
+def compare(seconds: Mapping[str, Sequence[float]], experts: int) -> dict:
+    """A row of the result, printed as it comes."""
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    row = {
+        "experts_per_site": experts,
+        "tokens_per_second": {name: round(BATCH * LENGTH / value, 1) for name, value in median.items()},
+        "mora_over_lora_time": round(median["mora"] / median["inc_lora"], 3),
+    }
+    if "published_pytorch" in median:
+        row["speedup_over_published_pytorch"] = round(median["published_pytorch"] / median["mora"], 3)
+    print(json.dumps(row), flush=True)
+    return row | {"seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()}}
 
 
 def start_up() -> dict[str, float]:
@@ -186,28 +198,18 @@ def start_up() -> dict[str, float]:
 def main() -> None:
     """Runs everything, prints a line per contestant and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5, help="counted steps per contestant")
+    parser.add_argument("--turns", type=int, default=3, help=f"turns per contestant, of {STEPS} counted steps")
+    parser.add_argument("--experts", default="8,64,160", help="comma list of experts per site")
     parser.add_argument("--no-torch", action="store_true", help="leave the PyTorch column out")
+    parser.add_argument("--no-start", action="store_true", help="leave the seconds to the first step out")
     parser.add_argument("--remat", default="dots", help="none, dots or full")
     options = parser.parse_args()
-    params = random_params()
-    rows = []
-    for experts in EXPERTS:
-        contestants = {name: jax_step(name, experts, params, options.remat) for name in ("mora", "inc_lora")}
-        if not options.no_torch:
-            contestants["published_pytorch"] = torch_step(experts)
-        seconds = take_turns(contestants, options.steps)
-        median = {name: statistics.median(values) for name, values in seconds.items()}
-        row = {
-            "experts_per_site": experts,
-            "seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
-            "tokens_per_second": {name: round(BATCH * LENGTH / value, 1) for name, value in median.items()},
-            "mora_over_lora_time": round(median["mora"] / median["inc_lora"], 3),
-        }
-        if "published_pytorch" in median:
-            row["speedup_over_published_pytorch"] = round(median["published_pytorch"] / median["mora"], 3)
-        rows.append(row)
-        print(json.dumps({k: v for k, v in row.items() if k != "seconds"}), flush=True)
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as launch.sh does
+    names = ["mora", "inc_lora", *([] if options.no_torch else ["published_pytorch"])]
+    rows = [
+        compare(take_turns(names, experts, options.remat, options.turns), experts)
+        for experts in map(int, options.experts.split(","))
+    ]
     result = {
         "what": __doc__.splitlines()[0],
         "command": " ".join(["python", "experiments/bench_train_step.py", *sys.argv[1:]]),
@@ -215,7 +217,7 @@ def main() -> None:
         "versions": versions(),
         "remat": options.remat,
         "rows": rows,
-        "seconds_to_first_step": start_up(),
+        "seconds_to_first_step": None if options.no_start else start_up(),
     }
     if not options.no_torch:
         import torch

@@ -23,12 +23,13 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-# What the backward pass recomputes: nothing, everything inside a layer, or all but products and gates.
+# What the backward pass recomputes: nothing, everything inside a layer, or all but the products of dense layers and the
+# gates. Attention weights are products too, but they grow with the square of the length: they are made again.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(GATES)
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(GATES)
     ),
 }
 
