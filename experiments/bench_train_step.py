@@ -35,6 +35,7 @@ import numpy as np
 from mora_jax.config import load
 from mora_jax.methods import bank as banks
 from mora_jax.methods.method import from_config
+from mora_jax.models.families import to_hf
 from mora_jax.models.registry import load_model
 from mora_jax.runtime.distributed import make_mesh, place, place_batch
 from mora_jax.runtime.language import LanguageFamily
@@ -112,7 +113,7 @@ def torch_step(experts: int) -> Step:
 
     torch.manual_seed(0)
     sizes = load_model(load(CONFIG, {}).model, 0).config
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes.to_hf()))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_hf(sizes)))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in model.model.layers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,146 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from parity import TOLERANCE, Numbers, ids_of, their_greedy, their_logits, transformers_or_skip
 from tiny_decoder import TINY, our_logits, random_params
 
 from mora_jax.benchmarks import stream
 from mora_jax.data import packages
 from mora_jax.data.text import encode_prompts
-from mora_jax.models import gguf, hf
+from mora_jax.models import gguf
 from mora_jax.models.decoder import Cache, Decoder
+from mora_jax.models.families import to_hf
 from mora_jax.models.registry import SMOLLM2
 from mora_jax.models.tokenizer import Tokenizer
-from mora_jax.runtime.distributed import AXES
 from mora_jax.runtime.generate import Generator
 from mora_jax.runtime.language import answer_loss
-
-TOLERANCE = 2e-4  # of a logit, float32, absolute
-
-VARIANTS = {
-    "gqa": {},
-    "mha": {"kv_heads": 4},
-    "mqa": {"kv_heads": 1},
-    "tied": {"tie_embeddings": True},
-    "attention_bias": {"attention_bias": True, "output_bias": True},
-    "mlp_bias": {"mlp_bias": True},
-    "wide_heads": {"head_dim": 10},  # heads * head_dim is not d_model
-    "gelu_tanh": {"activation": "gelu_tanh"},
-    "gelu": {"activation": "gelu"},
-    "long_rope": {"rope_theta": 1e6, "norm_eps": 1e-3},
-    "all_at_once": {
-        "kv_heads": 1,
-        "head_dim": 8,
-        "layers": 5,
-        "tie_embeddings": True,
-        "attention_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
-        "activation": "gelu_tanh",
-    },
-}
-PROMPT_LENGTHS = (5, 1, 23, 12, 70, 2)  # 70 is past the smallest prompt bucket, so the rows are padded a lot
-NEW_TOKENS = 12
-
-
-class Numbers:
-    """Texts are numbers in words, and every number is a token; nothing added but BOS, nothing lost in decoding."""
-
-    def __init__(self, bos_id: int | None = None, eos_id: int = 0, pad_id: int = 0):
-        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[int(word) for word in text.split()] for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
-
-
-def spelled(rows: Sequence[Sequence[int]]) -> list[str]:
-    return [" ".join(map(str, row)) for row in rows]
-
-
-@pytest.fixture(scope="module")
-def one() -> Mesh:
-    """A mesh of one device: what 8 fake ones on the same cores do with these models is in test_generate.py."""
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
-
-
-def transformers_or_skip() -> tuple[Any, Any]:
-    torch = pytest.importorskip("torch", reason="torch is the other side of the comparison")
-    return torch, pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
-
-
-def ids_of(lengths: Sequence[int], vocab: int) -> list[list[int]]:
-    rng = np.random.default_rng(1)
-    return [rng.integers(1, vocab, length).tolist() for length in lengths]
-
-
-def their_logits(torch: Any, model: Any, tokens: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(tokens)).logits.numpy()
-
-
-def their_greedy(
-    torch: Any, model: Any, rows: Sequence[Sequence[int]], new: int, eos: int, pad: int
-) -> list[list[int]]:
-    """generate(do_sample=False) over one left-padded batch; each answer up to its EOS."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    with torch.no_grad():
-        out = model.generate(
-            tokens, attention_mask=mask, do_sample=False, max_new_tokens=new, eos_token_id=eos, pad_token_id=pad
-        )
-    answers = out[:, width:].tolist()
-    return [answer[: answer.index(eos)] if eos in answer else answer for answer in answers]
-
-
-# --- tiny random models of transformers -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One variant: the torch model, and what we read back from the safetensors that it saved."""
-    torch, transformers = transformers_or_skip()
-    config = dataclasses.replace(TINY, **VARIANTS[request.param])
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf())).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # biases start at 0 and norms at 1, where errors hide
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    loaded = hf.load_config(folder)
-    return SimpleNamespace(torch=torch, model=model, config=loaded, params=hf.load_params(folder, loaded, np.float32))
-
-
-def test_logits_equal_transformers(tiny: SimpleNamespace) -> None:
-    tokens = ids_of((33, 33, 33), tiny.config.vocab_size)
-    theirs = their_logits(tiny.torch, tiny.model, tokens)
-    assert theirs.std() > 0.3  # else nothing is compared
-    np.testing.assert_allclose(our_logits(Decoder(tiny.config), tiny.params, tokens), theirs, atol=TOLERANCE, rtol=0)
-
-
-def test_greedy_ids_equal_transformers(tiny: SimpleNamespace, one: Mesh) -> None:
-    """With an EOS that stops some rows early and others not at all."""
-    rows = ids_of(PROMPT_LENGTHS, tiny.config.vocab_size)
-    vocab = tiny.config.vocab_size
-    whole = their_greedy(tiny.torch, tiny.model, rows, NEW_TOKENS, eos=vocab, pad=0)  # an EOS that never comes
-    assert {len(answer) for answer in whole} == {NEW_TOKENS}
-    stops = [sum(token in answer for answer in whole) for token in range(vocab)]
-    early = next(token for token in range(vocab) if 0 < stops[token] < len(rows))
-    stopped = their_greedy(tiny.torch, tiny.model, rows, NEW_TOKENS, eos=early, pad=0)
-    assert min(map(len, stopped)) < NEW_TOKENS == max(map(len, stopped))
-    ours = Generator(Decoder(tiny.config), Numbers(eos_id=early), one)(
-        {"params": tiny.params},
-        spelled(rows),
-        max_prompt_tokens=128,
-        max_new_tokens=NEW_TOKENS,
-        batch_size=len(rows),
-        after_batch=lambda n: None,
-    )
-    assert ours.texts == spelled(stopped)
-
 
 # --- the real SmolLM2 -------------------------------------------------------------------------------------------------
 
@@ -184,7 +56,7 @@ def smollm2_torch(smollm2: SimpleNamespace) -> SimpleNamespace:
 
     # Parsing takes ten seconds and wants a model for its tensor names; the sizes in it are then the file's own.
     with torch.device("meta"):
-        names = transformers.LlamaForCausalLM(transformers.LlamaConfig(**smollm2.config.to_hf()))
+        names = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_hf(smollm2.config)))
     parsed = load_gguf_checkpoint(smollm2.path, return_tensors=True, model_to_load=names)
     state = parsed["tensors"]
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**parsed["config"])).eval()
@@ -211,7 +83,7 @@ def test_smollm2_logits_equal_transformers(smollm2: SimpleNamespace, smollm2_tor
 
 
 def test_smollm2_greedy_text_equals_transformers(
-    smollm2: SimpleNamespace, smollm2_torch: SimpleNamespace, one: Mesh
+    smollm2: SimpleNamespace, smollm2_torch: SimpleNamespace, one_device: Mesh
 ) -> None:
     prompts = [smollm2.examples[1].prompt, smollm2.examples[3].prompt, "The capital of France is"]
     tokenizer = smollm2.tokenizer
@@ -222,7 +94,7 @@ def test_smollm2_greedy_text_equals_transformers(
     decoded: list[list[int]] = []
     recording = copy.copy(tokenizer)
     recording.decode = lambda ids: decoded.append(list(ids)) or tokenizer.decode(ids)
-    generate = Generator(Decoder(smollm2.config), recording, one)
+    generate = Generator(Decoder(smollm2.config), recording, one_device)
     options = {"max_prompt_tokens": 128, "max_new_tokens": 20, "batch_size": 3, "after_batch": lambda n: None}
     ours = generate({"params": smollm2.params}, prompts, **options)
     assert ours.texts == [tokenizer.decode(ids) for ids in expected]
@@ -281,7 +153,7 @@ def equations(jaxpr: Any) -> int:
 
 
 @pytest.mark.parametrize("what", ["logits", "gradient", "generate"])
-def test_depth_costs_no_compile_time(what: str, one: Mesh) -> None:
+def test_depth_costs_no_compile_time(what: str, one_device: Mesh) -> None:
     """2 and 6 layers give the same program but for the sizes in it: as many lines, and as many loops."""
 
     def program(layers: int) -> str:
@@ -295,7 +167,7 @@ def test_depth_costs_no_compile_time(what: str, one: Mesh) -> None:
             "answers": jnp.arange(4)[None],
         }
         if what == "generate":
-            generate = Generator(decoder, Numbers(), one)
+            generate = Generator(decoder, Numbers(), one_device)
             return generate._run.lower({"params": params}, batch, jnp.int32(8), capacity=32).as_text()
         if what == "gradient":
             return jax.jit(jax.grad(lambda p: answer_loss(decoder, {"params": p}, batch))).lower(params).as_text()

@@ -1,7 +1,7 @@
-"""A decoder-only language model of the Llama family (arXiv 2302.13971): GQA, rotary positions, RMSNorm, gated MLP.
+"""A decoder-only language model in the manner of Llama (arXiv 2302.13971): GQA, rotary positions, RMSNorm, gated MLP.
 
-One module; what differs between models is a field of `DecoderConfig`. Layers are scanned, so compile time does not grow
-with depth, and every per-layer tensor is stacked on a leading [layers] axis.
+One module for all families; what differs between models is a field of `DecoderConfig`. Layers are scanned, so compile
+time does not grow with depth, and every per-layer tensor is stacked on a leading [layers] axis.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax.methods.method import Method
-from mora_jax.models.decoder_config import DecoderConfig
+from mora_jax.models.decoder_config import DecoderConfig, RopeScaling
 from mora_jax.models.layers import Dense, RMSNorm
 from mora_jax.ops.gated_projection import GATES
 
+NO_WINDOW = 1 << 30  # tokens
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -47,12 +49,50 @@ class Cache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
 
-def rotary(positions: Int[Array, "b t"], config: DecoderConfig) -> tuple[Float[Array, "b t h"], Float[Array, "b t h"]]:
-    """cos and sin of the angles position * theta^(-2i/head_dim), i = 0..head_dim/2 - 1 (arXiv 2104.09864), float32."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency.reshape(1, 1, half)
+def frequencies(config: DecoderConfig) -> Float[np.ndarray, "kinds h"]:
+    """theta^(-2i/head_dim), i = 0..head_dim/2 - 1 (arXiv 2104.09864), a row for each way in which layers rotate:
+    stretched as `rope_scaling` says; with `local_rope_theta`; not at all. Rows that no layer needs are left out.
+    """
+    half = np.arange(config.head_dim // 2, dtype=np.float32) / np.float32(config.head_dim // 2)
+    rows = [_stretched(np.float32(config.rope_theta) ** -half, config.rope_scaling)]
+    if config.local_rope_theta:
+        rows.append(np.float32(config.local_rope_theta) ** -half)
+    if config.no_rope:
+        rows.append(np.zeros_like(half))
+    return np.stack(rows)
+
+
+def _stretched(frequency: Float[np.ndarray, " h"], scaling: RopeScaling | None) -> Float[np.ndarray, " h"]:
+    if scaling is None:
+        return frequency
+    slow = frequency / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_max_positions * frequency / np.float32(2 * np.pi)  # within the context first trained on
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    fast = np.clip((turns - low) / (high - low), 0, 1)
+    return fast * frequency + (1 - fast) * slow
+
+
+def rotary_kinds(config: DecoderConfig) -> list[int]:
+    """Which row of `frequencies` each layer takes."""
+    local = [int(bool(config.local_rope_theta and window)) for window in config.windows or (0,) * config.layers]
+    last = 1 + bool(config.local_rope_theta)
+    return [last if off else kind for off, kind in zip(config.no_rope or (False,) * config.layers, local, strict=True)]
+
+
+def rotary(
+    positions: Int[Array, "b t"], config: DecoderConfig
+) -> tuple[Float[Array, "kinds b t h"], Float[Array, "kinds b t h"]]:
+    """cos and sin of position * frequency, float32."""
+    table = frequencies(config)
+    angle = positions.astype(jnp.float32)[None, ..., None] * table[:, None, None]
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def soft_cap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
+    """cap * tanh(x / cap) (arXiv 2408.00118); x itself where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def _rotate(x: Float[Array, "b heads t d"], cos: Float[Array, "b t h"], sin: Float[Array, "b t h"]):
@@ -62,36 +102,61 @@ def _rotate(x: Float[Array, "b heads t d"], cos: Float[Array, "b t h"], sin: Flo
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+class PerLayer(NamedTuple):
+    """What differs between layers, scanned: its number, its window in tokens (large = none), its row of frequencies."""
+
+    index: Int[Array, ""]
+    window: Int[Array, ""]
+    rotary: Int[Array, ""]
+
+    @classmethod
+    def stacked(cls, config: DecoderConfig) -> PerLayer:
+        windows = [window or NO_WINDOW for window in config.windows or (0,) * config.layers]
+        rows = rotary_kinds(config)
+        return cls(jnp.arange(config.layers), jnp.asarray(windows, jnp.int32), jnp.asarray(rows, jnp.int32))
+
+
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions; x is [b, t, d], mask [b or 1, t, slots]."""
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions.
+
+    x is [b, t, d], mask [b or 1, t, slots], distance [1, t, slots] how far back a slot lies.
+    """
 
     config: DecoderConfig
     method: Method | None
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, cos, sin, mask, cache: Cache | None, layer):
+    def __call__(self, x, cos, sin, mask, distance, cache: Cache | None, layer: PerLayer):
         c, (b, t, _) = self.config, x.shape
+        if c.windows:
+            mask = mask & (distance < layer.window)
+        of_layer = layer.rotary if cos.shape[0] > 1 else 0  # a constant where all layers rotate alike
+        cos, sin = (jax.lax.dynamic_index_in_dim(table, of_layer, keepdims=False) for table in (cos, sin))
         dense = {"method": self.method, "dtype": self.dtype}
 
         def heads(name, count):
             y = Dense(count * c.head_dim, c.attention_bias, name=name, **dense)(x)
             return y.reshape(b, t, count, c.head_dim).transpose(0, 2, 1, 3)
 
-        q = _rotate(heads("q", c.heads), cos, sin)
-        k = _rotate(heads("k", c.kv_heads), cos, sin)
+        def direction(name, y):
+            return RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name=name)(y) if c.qk_norm else y
+
+        q = _rotate(direction("q_norm", heads("q", c.heads)), cos, sin)
+        k = _rotate(direction("k_norm", heads("k", c.kv_heads)), cos, sin)
         v = heads("v", c.kv_heads)
         if cache is not None:
-            at = (layer, 0, 0, cache.end, 0)
+            at = (layer.index, 0, 0, cache.end, 0)
             cache = cache._replace(
                 keys=jax.lax.dynamic_update_slice(cache.keys, k[None], at),
                 values=jax.lax.dynamic_update_slice(cache.values, v[None], at),
             )
-            k = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+            k = jax.lax.dynamic_index_in_dim(cache.keys, layer.index, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(cache.values, layer.index, keepdims=False)
         group = c.heads // c.kv_heads  # query heads that share a key head
         q = q.reshape(b, c.kv_heads, group * t, c.head_dim)
-        scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32) * c.head_dim**-0.5
+        scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32)
+        scores = soft_cap(scores * (c.query_scalar or c.head_dim) ** -0.5, c.attention_softcap)
         scores = scores.reshape(b, c.kv_heads, group, t, -1)
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
         weights = weights.astype(self.dtype).reshape(b, c.kv_heads, group * t, -1)
@@ -119,21 +184,26 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer, shaped as the body of a scan over layers."""
+    """One transformer layer, norms before its halves and in some families after them too; the body of a scan."""
 
     config: DecoderConfig
     method: Method | None
     dtype: Any
 
     @nn.compact
-    def __call__(self, carry, layer, cos, sin, mask):
+    def __call__(self, carry, layer: PerLayer, cos, sin, mask, distance):
         h, cache = carry
         c = self.config
+
+        def norm(name, y):
+            return RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name=name)(y)
+
         attended, cache = Attention(c, self.method, self.dtype, name="attn")(
-            RMSNorm(c.norm_eps, self.dtype, name="attn_norm")(h), cos, sin, mask, cache, layer
+            norm("attn_norm", h), cos, sin, mask, distance, cache, layer
         )
-        h = h + attended
-        h = h + MLP(c, self.method, self.dtype, name="mlp")(RMSNorm(c.norm_eps, self.dtype, name="mlp_norm")(h))
+        h = h + (norm("attn_post_norm", attended) if c.post_norms else attended)
+        fed = MLP(c, self.method, self.dtype, name="mlp")(norm("mlp_norm", h))
+        h = h + (norm("mlp_post_norm", fed) if c.post_norms else fed)
         return (h, cache), None
 
 
@@ -153,10 +223,10 @@ class Decoder(nn.Module):
             body,
             variable_axes={"params": 0, "bank": 0, "fresh": 0, "stats": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=c.layers,
         )(c, self.method, self.dtype)
-        self.final_norm = RMSNorm(c.norm_eps, self.dtype)
+        self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset)
         if not c.tie_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, param_dtype=self.dtype)
 
@@ -171,9 +241,14 @@ class Decoder(nn.Module):
 
         `mask[b, i, j]`: may query i look at key j; without a cache slots = t, with one they are its slots.
         """
-        cos, sin = rotary(positions, self.config)
-        carry = (self.embed(tokens), cache)
-        (h, cache), _ = self.layers(carry, jnp.arange(self.config.layers), cos, sin, mask)
+        c = self.config
+        cos, sin = rotary(positions, c)
+        first = 0 if cache is None else cache.end
+        distance = first + jnp.arange(tokens.shape[1])[None, :, None] - jnp.arange(mask.shape[-1])[None, None]
+        h = self.embed(tokens)
+        if c.scale_embeddings:
+            h = h * jnp.asarray(c.d_model**0.5, h.dtype)
+        (h, cache), _ = self.layers((h, cache), PerLayer.stacked(c), cos, sin, mask, distance)
         if cache is not None:
             cache = cache._replace(end=cache.end + tokens.shape[1])
         return self.final_norm(h), cache
@@ -181,7 +256,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Scores over the vocabulary in float32."""
         scores = self.embed.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
-        return scores.astype(jnp.float32)
+        return soft_cap(scores.astype(jnp.float32), self.config.final_softcap)
 
     def initialise(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
         """Touches every parameter; the entry point of `init` for random models."""

@@ -18,7 +18,7 @@ from mora_jax.errors import MoraError
 from mora_jax.models.decoder_config import DecoderConfig
 from mora_jax.models.keytable import Params, assemble
 
-TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import safetensors
 from flax.traverse_util import flatten_dict
 
 from mora_jax.errors import MoraError
+from mora_jax.models import families
 from mora_jax.models.decoder_config import DecoderConfig
 from mora_jax.models.keytable import Entry, Params, assemble, entries, param_shape, rows
 
@@ -54,9 +55,9 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def load_config(folder: Path) -> DecoderConfig:
-    """Read `folder/config.json`; raises MoraError when it is absent, broken, or not a Llama decoder."""
+    """Read `folder/config.json`; raises MoraError when it is absent, broken, or of a family that we lack."""
     path = Path(folder) / CONFIG_FILE
-    return DecoderConfig.from_hf(read_json(path), path)
+    return families.from_hf(read_json(path), path)
 
 
 def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
@@ -92,13 +93,13 @@ def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
 
 
 def save_params(params: Params, config: DecoderConfig, folder: Path) -> None:
-    """Write `model.safetensors` and `config.json` that transformers' LlamaForCausalLM loads.
+    """Write `model.safetensors` and `config.json` that transformers loads.
 
     `params` are numpy or JAX arrays in the decoder's layout; the file keeps their dtypes. Raises MoraError for a
     parameter that is missing, unknown, of a wrong shape or not of a float dtype.
     """
     folder = Path(folder)
-    content = config.to_hf()
+    content = families.to_hf(config)
     flat = flatten_dict(params, sep="/")
     _check_params(flat, config)
     content["dtype"] = flat["embed/embedding"].dtype.name

