@@ -115,7 +115,7 @@ install() {
     say "installed in $((SECONDS - start)) s"
 }
 
-# On Linux malloc may then use huge pages, which takes a tenth off a CPU train step (page faults of large buffers).
+# On Linux malloc may then use huge pages: a CPU train step faults in a gigabyte of buffers every time.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 case ${1:-} in
