@@ -69,8 +69,9 @@ class Task:
 
     def score(self, predictions: Sequence[str], split: str, lenient: bool = False) -> float:
         """Mean score in percent of one prediction per record of the split, in its order."""
-        answers = [example.answer for example in self.split(split)]
-        return text.mean_percent(text.metric(self.metric), predictions, answers, lenient)
+        examples = self.split(split)
+        answers, prompts = [e.answer for e in examples], [e.prompt for e in examples]
+        return text.mean_percent(text.metric(self.metric), predictions, answers, prompts, lenient)
 
     def majority_percent(self, split: str) -> float | None:
         """The strict score in percent of always giving the most frequent train answer (of equals, the first in order).
