@@ -59,7 +59,7 @@ def base() -> ConfigDict:
             "split": "test",  # test, or eval to choose hyper-parameters on
             "batch_size": 32,
             "max_new_tokens": 0,  # 0 = the task's own, else its longest answer
-            "decoding": "greedy",
+            "decoding": "greedy",  # greedy, or moram: with repetition penalty 1.2 and no 3-gram twice, as published
             "future_tasks": False,  # also evaluate tasks that have not been taught yet
         }
     )

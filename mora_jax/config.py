@@ -23,6 +23,7 @@ from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS
 from mora_jax.models.decoder import REMAT
 from mora_jax.models.registry import DTYPES
+from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.optimizer import SCHEDULES
 
 USAGE = """\
@@ -34,7 +35,6 @@ ARG is a comma list: benchmark=NAME, model=NAME, method=NAME, smoke. KEY is any 
 
 # Keys that hold a number, or a comma list with one number per task.
 PER_TASK = ("train.steps_per_task", "train.epochs_per_task")
-DECODING = ("greedy",)
 
 # What changes how a run is carried out, but not its results; the rest of the config is part of the fingerprint. Paths
 # of data and weights are not: their contents are. Tasks and their lengths are compared one by one, so that more can

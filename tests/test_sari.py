@@ -21,8 +21,8 @@ BY_HAND = [
     ("a a b", "a b", ["a a"], [1 / 2, 1 / 3, 1, 1]),
     # 1: an empty prediction keeps nothing of {a}: 0; deletes {a, b}, b rightly: 1/2; adds nothing and should not: 1.
     ("a b", "", ["a"], [1 / 2, 1, 1, 1]),
-    # Two references, so source and prediction count twice. 1: keeps a twice, which one of two does: P = 1/2; should keep
-    # a and b once: R = 1/2; F = 1/2; deletes b twice, once rightly: 1/2; adds nothing and should not: 1.
+    # Two references, so source and prediction count twice. 1: keeps a twice, which one of two does: P = 1/2; should
+    # keep a and b once: R = 1/2; F = 1/2; deletes b twice, once rightly: 1/2; adds nothing and should not: 1.
     ("a b", "a", ["a", "b"], [2 / 3, 1, 1, 1]),
 ]
 

@@ -1,8 +1,8 @@
 """SARI, the score of text simplification: what was added, kept and deleted, each against source and reference.
 
 Xu et al., "Optimizing Statistical Machine Translation for Text Simplification", TACL 2016, section 4, with the choices
-of the metric `sari` of Hugging Face, which scores 20Minuten in the published TRACE runs: F is taken for each n-gram order
-and then averaged, n-grams are counted with their repetitions, and 0 / 0 is 1.
+of the metric `sari` of Hugging Face, which scores 20Minuten in the published TRACE runs: F is taken for each n-gram
+order and then averaged, n-grams are counted with their repetitions, and 0 / 0 is 1.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def _rouge_l_lenient(prediction: str, answer: str) -> float:
     return max(rouge_l(prediction, answer), rouge_l(_first_line(prediction), answer))
 
 
-# --- sari ---------------------------------------------------------------------------------------------------------------
+# --- sari -------------------------------------------------------------------------------------------------------------
 
 
 def simplification(prediction: str, answer: str, prompt: str) -> float:
