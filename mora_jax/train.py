@@ -61,7 +61,7 @@ class Run:
         )
         self.tasks = [task.limited(c.train_limit, c.eval_limit) for task in loaded]
         self.names = [task.name for task in self.tasks]
-        self.lengths = configs.lengths(config, self.names)
+        self.lengths = configs.lengths(config, self.names, {task.name: task.epochs for task in self.tasks})
         self.method = from_config(config.method, config.kernel)
         for task in self.tasks:  # a missing split is known before any work
             task.split(config.eval.split)

@@ -24,6 +24,9 @@ BY_HAND = [
     # Two references, so source and prediction count twice. 1: keeps a twice, which one of two does: P = 1/2; should
     # keep a and b once: R = 1/2; F = 1/2; deletes b twice, once rightly: 1/2; adds nothing and should not: 1.
     ("a b", "a", ["a", "b"], [2 / 3, 1, 1, 1]),
+    # The reference itself, where the source has a three times. 1: keeps a rightly: 1; deletes two, of which the
+    # published count credits one: 1/2; adds nothing and should not: 1.    2 to 4: all is rightly deleted, or empty.
+    ("a a a", "a", ["a"], [2.5 / 3, 1, 1, 1]),
 ]
 
 

@@ -72,7 +72,9 @@ def _operations(source: Counter, prediction: Counter, reference: Counter) -> flo
 def sari(source: str, prediction: str, references: Sequence[str]) -> float:
     """SARI in 0..1 of a simplification of `source` with one or more references.
 
-    An empty prediction does not score 0: it deletes everything, much of it rightly.
+    An empty prediction does not score 0: it deletes everything, much of it rightly. The reference itself can miss 1: of
+    an n-gram that the source has three times and both others once, it is credited with one of two deletions, since the
+    published code takes the reference's count off the deleted ones (the paper takes it off the source's).
     """
     by_text = [words(reference) for reference in references]
     from_words, to_words = words(source), words(prediction)
