@@ -16,7 +16,7 @@ def base() -> ConfigDict:
         {
             "name": "packaged_text",
             "root": "",  # folder of the data, for benchmarks that have one
-            "tasks": "",  # comma list, in the order to be taught; empty = the benchmark's own order
+            "tasks": "",  # comma list of tasks (or orders, where a benchmark names them); empty = all, in its own order
             "metrics": "",  # comma list of task=metric, over what the benchmark says
             "train_limit": 0,  # first so many training records of each task; 0 = all
             "eval_limit": 0,  # first so many evaluation records of each task; 0 = all
@@ -41,7 +41,7 @@ def base() -> ConfigDict:
     c.train = ConfigDict(
         {
             "steps_per_task": 0,  # optimiser steps; a number or a comma list with one per task
-            "epochs_per_task": 1,  # used where steps_per_task is 0; a number or a comma list
+            "epochs_per_task": 1,  # used where steps_per_task is 0; a number or a comma list; -1 = the task's own
             "batch_size": 8,  # examples per step, over all devices
             "learning_rate": 2e-3,
             "schedule": "constant",  # over the steps of one task: constant, linear or cosine
@@ -59,7 +59,7 @@ def base() -> ConfigDict:
             "split": "test",  # test, or eval to choose hyper-parameters on
             "batch_size": 32,
             "max_new_tokens": 0,  # 0 = the task's own, else its longest answer
-            "decoding": "greedy",
+            "decoding": "greedy",  # greedy, or moram: with repetition penalty 1.2 and no 3-gram twice, as published
             "future_tasks": False,  # also evaluate tasks that have not been taught yet
         }
     )

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,6 +24,7 @@ from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS
 from mora_jax.models.decoder import REMAT
 from mora_jax.models.registry import DTYPES
+from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.optimizer import SCHEDULES
 
 USAGE = """\
@@ -34,7 +36,7 @@ ARG is a comma list: benchmark=NAME, model=NAME, method=NAME, smoke. KEY is any 
 
 # Keys that hold a number, or a comma list with one number per task.
 PER_TASK = ("train.steps_per_task", "train.epochs_per_task")
-DECODING = ("greedy",)
+OWN = -1  # as a number of epochs: the task's own
 
 # What changes how a run is carried out, but not its results; the rest of the config is part of the fingerprint. Paths
 # of data and weights are not: their contents are. Tasks and their lengths are compared one by one, so that more can
@@ -176,8 +178,8 @@ def _not_negative(value: Any) -> bool:
     return value >= 0
 
 
-def _per_task(value: Any) -> bool:
-    return all(v >= 0 for v in (value if isinstance(value, tuple) else (value,)))
+def _per_task(least: int) -> Callable[[Any], bool]:
+    return lambda value: all(v >= least for v in (value if isinstance(value, tuple) else (value,)))
 
 
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -186,8 +188,8 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "benchmark.eval_limit": (_not_negative, "at least 0 (0 = all)"),
     "model.dtype": (DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
     "model.remat": (REMAT.__contains__, f"one of {', '.join(REMAT)}"),
-    "train.steps_per_task": (_per_task, "at least 0 (0 = use epochs_per_task)"),
-    "train.epochs_per_task": (_per_task, "at least 0"),
+    "train.steps_per_task": (_per_task(0), "at least 0 (0 = use epochs_per_task)"),
+    "train.epochs_per_task": (_per_task(OWN), "at least 0, or -1 (the task's own)"),
     "train.batch_size": (_positive, "at least 1"),
     "train.learning_rate": (lambda v: 0 < v < math.inf, "greater than 0 and finite"),
     "train.schedule": (SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}"),
@@ -217,7 +219,7 @@ def validate(config: ConfigDict) -> None:
     steps, epochs = flat["train.steps_per_task"], flat["train.epochs_per_task"]
     if not isinstance(steps, tuple) and not isinstance(epochs, tuple) and bool(steps) == bool(epochs):
         raise MoraError(
-            f"train.steps_per_task={steps} and train.epochs_per_task={epochs}: exactly one of them must be positive"
+            f"train.steps_per_task={steps} and train.epochs_per_task={epochs}: exactly one of them must be other than 0"
         )
     if config.method.name not in PRESETS:
         raise unknown("method", config.method.name, PRESETS)
@@ -239,8 +241,10 @@ def pairs(key: str, comma_list: str) -> dict[str, str]:
     return found
 
 
-def lengths(config: ConfigDict, tasks: Sequence[str]) -> list[tuple[int, int]]:
-    """(steps, epochs) of each task, one of them 0."""
+def lengths(
+    config: ConfigDict, tasks: Sequence[str], own: Mapping[str, int | None] = MappingProxyType({})
+) -> list[tuple[int, int]]:
+    """(steps, epochs) of each task, one of them 0. `own`: the epochs that tasks bring with them."""
 
     def spread(key: str) -> list[int]:
         value = flatten(config)[key]
@@ -250,10 +254,13 @@ def lengths(config: ConfigDict, tasks: Sequence[str]) -> list[tuple[int, int]]:
             raise MoraError(f"{key} has {len(value)} entries for {len(tasks)} tasks ({', '.join(tasks)})")
         return list(value[: len(tasks)])
 
-    chosen = [(s, 0 if s else e) for s, e in zip(*map(spread, PER_TASK), strict=True)]
-    for task, (steps, epochs) in zip(tasks, chosen, strict=True):
+    chosen = []
+    for task, steps, epochs in zip(tasks, *map(spread, PER_TASK), strict=True):
         if not steps and not epochs:
             raise MoraError(f"task {task} has neither train.steps_per_task nor train.epochs_per_task")
+        if not steps and epochs == OWN and not own.get(task):
+            raise MoraError(f"task {task} has no number of epochs of its own; train.epochs_per_task={OWN} needs one")
+        chosen.append((steps, 0 if steps else (own[task] if epochs == OWN else epochs)))
     return chosen
 
 

@@ -61,7 +61,7 @@ class Run:
         )
         self.tasks = [task.limited(c.train_limit, c.eval_limit) for task in loaded]
         self.names = [task.name for task in self.tasks]
-        self.lengths = configs.lengths(config, self.names)
+        self.lengths = configs.lengths(config, self.names, {task.name: task.epochs for task in self.tasks})
         self.method = from_config(config.method, config.kernel)
         for task in self.tasks:  # a missing split is known before any work
             task.split(config.eval.split)
@@ -243,7 +243,7 @@ class Run:
 
             answer = self.family.predict(variables, task, [e.prompt for e in examples], after_batch)
         self.progress.truncated.setdefault(task.name, {})[split] = answer.truncated
-        score = metric(task.metric).score
+        scorer = metric(task.metric)
         write_lines(
             self.workdir / "predictions" / row / f"{task.name}.jsonl",
             (
@@ -251,7 +251,7 @@ class Run:
                     "prompt": e.prompt,
                     "answer": e.answer,
                     "prediction": text,
-                    "score": round(float(score(text, e.answer)), 4),
+                    "score": round(scorer.of(text, e.answer, e.prompt), 4),
                 }
                 for e, text in zip(examples, answer.texts, strict=True)
             ),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 
 import pytest
-from rapidfuzz import fuzz
 from rouge import Rouge
 
 from mora_jax.errors import MoraError
 from mora_jax.metrics import text
 
+PROMPT = "a b c d"  # what SARI takes for the source; the other metrics do not look at it
 # metric, prediction, answer, strict, lenient
 CASES = [
     ("exact_match", " Sports.", "sports", 1, 1),
@@ -26,6 +26,12 @@ CASES = [
     ("exact_match", "", "sports", 0, 0),
     ("exact_match", "", "?", 0, 0),
     ("exact_match", " ?", "?", 1, 1),
+    ("string_equality", "B", "B", 1, 1),
+    ("string_equality", "B ", "B", 0, 1),
+    ("string_equality", " B\nbecause", "B", 0, 1),
+    ("string_equality", "b", "B", 0, 0),
+    ("string_equality", "7.5", "7", 0, 0),
+    ("string_equality", "", "", 0, 0),
     ("choice", "B", "B", 1, 1),
     ("choice", " B. hawkish", "B", 1, 1),
     ("choice", "Answer: C", "C", 1, 1),
@@ -73,6 +79,8 @@ CASES = [
     ("first_character", "A", "B", 0, 0),
     ("first_character", "", "B", 0, 0),
     ("first_character", "", "", 0, 0),
+    ("sari", "a b e", "a c e", 2 / 3, 2 / 3),  # worked out in test_sari.py
+    ("sari", "a b e\nmore", "a c e", 5 / 9, 2 / 3),
 ]
 
 
@@ -80,15 +88,15 @@ CASES = [
 def test_by_hand(name: str, prediction: str, answer: str, strict: float, lenient: float) -> None:
     metric = text.metric(name)
     # The rouge package adds 1e-8 to a denominator.
-    assert metric.score(prediction, answer) == pytest.approx(strict, abs=1e-7)
-    assert metric.lenient(prediction, answer) == pytest.approx(lenient, abs=1e-7)
+    assert metric.of(prediction, answer, PROMPT) == pytest.approx(strict, abs=1e-7)
+    assert metric.of(prediction, answer, PROMPT, lenient=True) == pytest.approx(lenient, abs=1e-7)
 
 
 def test_every_metric_has_cases_and_lenient_is_never_stricter() -> None:
     assert {case[0] for case in CASES} == set(text.METRICS)
     for row in text.METRICS.values():
         for _, prediction, answer, _, _ in CASES:
-            assert 0 <= row.score(prediction, answer) <= row.lenient(prediction, answer) <= 1
+            assert 0 <= row.of(prediction, answer, PROMPT) <= row.of(prediction, answer, PROMPT, lenient=True) <= 1
 
 
 SENTENCES = [
@@ -116,8 +124,11 @@ def test_rouge_l_of_long_sentences() -> None:
 
 
 @pytest.mark.parametrize(("prediction", "answer"), [*SENTENCES, ("import os", "import sys"), ("a", "aaaaaaa")])
-def test_fuzzy_is_the_rounded_ratio(prediction: str, answer: str) -> None:
-    assert text.fuzzy(prediction, answer) == round(fuzz.ratio(prediction, answer)) / 100
+def test_fuzzy_is_the_ratio_of_the_published_scorer(prediction: str, answer: str) -> None:
+    pytest.importorskip("Levenshtein", reason="without it fuzzywuzzy takes another ratio")
+    fuzz = pytest.importorskip("fuzzywuzzy.fuzz", reason="the package of the published scorer is not installed")
+    for one, other in ((prediction, answer), (answer, prediction), (prediction, f"{prediction} ; {answer}")):
+        assert text.fuzzy(one, other) == fuzz.ratio(one, other) / 100
 
 
 def test_fuzzy_rounds_to_whole_percent() -> None:
@@ -127,14 +138,27 @@ def test_fuzzy_rounds_to_whole_percent() -> None:
 
 def test_mean_percent() -> None:
     metric = text.metric("exact_match")
-    assert text.mean_percent(metric, ["a", "b", "c d", "e"], ["a", "x", "c", "e"]) == 50.0
-    assert text.mean_percent(metric, ["a", "b", "c d", "e"], ["a", "x", "c", "e"], lenient=True) == 75.0
+    records = (["a", "b", "c d", "e"], ["a", "x", "c", "e"], ["p"] * 4)
+    assert text.mean_percent(metric, *records) == 50.0
+    assert text.mean_percent(metric, *records, lenient=True) == 75.0
 
 
-@pytest.mark.parametrize(("predictions", "answers"), [(["a"], ["a", "b"]), ([], [])])
-def test_mean_percent_needs_pairs(predictions: list[str], answers: list[str]) -> None:
+def test_mean_percent_gives_each_record_its_own_prompt() -> None:
+    """The same words are kept from one prompt and added to the other."""
+    metric = text.metric("sari")
+    scores = [100 * metric.of("a b e", "a c e", prompt) for prompt in (PROMPT, "x y")]
+    assert scores[0] != scores[1]
+    mean = text.mean_percent(metric, ["a b e"] * 2, ["a c e"] * 2, [PROMPT, "x y"])
+    assert mean == pytest.approx(sum(scores) / 2)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "answers", "prompts"),
+    [(["a"], ["a", "b"], ["p", "p"]), (["a"], ["a"], []), ([], [], [])],
+)
+def test_mean_percent_needs_whole_records(predictions: list[str], answers: list[str], prompts: list[str]) -> None:
     with pytest.raises(ValueError, match="as many predictions"):
-        text.mean_percent(text.metric("choice"), predictions, answers)
+        text.mean_percent(text.metric("choice"), predictions, answers, prompts)
 
 
 def test_unknown_metric() -> None:

@@ -34,6 +34,9 @@ class Task:
     """A task of a stream: its records by split, how they are scored, its own limits in tokens (None = the config's).
 
     labels: the distinct answers where the task is a classification, else None.
+    epochs: over the train split where the config says neither steps nor epochs; None = the config must say.
+    variant: which one of several published sets of its data this is, for the run to show; empty where there is one.
+    advice: said after the error about a split that is not there.
     """
 
     name: str
@@ -43,6 +46,9 @@ class Task:
     max_prompt_tokens: int | None = None
     max_answer_tokens: int | None = None
     max_new_tokens: int | None = None
+    epochs: int | None = None
+    variant: str = ""
+    advice: str = ""
 
     def __post_init__(self) -> None:
         text.metric(self.metric)
@@ -53,7 +59,8 @@ class Task:
         """The records of one split; MoraError naming the splits there are if this is not one of them."""
         if name not in self.splits:
             have = ", ".join(split for split in SPLITS if split in self.splits) or "none"
-            raise MoraError(f"task {self.name!r} has no {name!r} split; it has: {have}")
+            advice = self.advice and f"; {self.advice}"
+            raise MoraError(f"task {self.name!r} has no {name!r} split; it has: {have}{advice}")
         return self.splits[name]
 
     @cached_property
@@ -69,8 +76,9 @@ class Task:
 
     def score(self, predictions: Sequence[str], split: str, lenient: bool = False) -> float:
         """Mean score in percent of one prediction per record of the split, in its order."""
-        answers = [example.answer for example in self.split(split)]
-        return text.mean_percent(text.metric(self.metric), predictions, answers, lenient)
+        examples = self.split(split)
+        answers, prompts = [e.answer for e in examples], [e.prompt for e in examples]
+        return text.mean_percent(text.metric(self.metric), predictions, answers, prompts, lenient)
 
     def majority_percent(self, split: str) -> float | None:
         """The strict score in percent of always giving the most frequent train answer (of equals, the first in order).
@@ -93,7 +101,10 @@ class Task:
 
 
 class Benchmark(Protocol):
-    """What a benchmark's module offers. `root` is the folder of its files, empty where it needs none."""
+    """What a benchmark's module offers. `root` is the folder of its files, empty where it needs none.
+
+    It may also have `ORDERS`, a mapping from the name of a published order to its tasks: a name for several at once.
+    """
 
     def task_names(self, root: str) -> tuple[str, ...]:
         """The tasks there are, in the benchmark's own order."""
@@ -102,10 +113,13 @@ class Benchmark(Protocol):
         """One of them; `metric` None = the task's own metric, `split_seed` where splits are drawn here."""
 
 
-# Module paths rather than modules: listing the names must not import (or download) anything.
+# Module paths (module or module:object) rather than modules: listing names must not import (or download) anything.
 BENCHMARKS: dict[str, str] = {
     "folder": "mora_jax.benchmarks.folder",
     "packaged_text": "mora_jax.benchmarks.packaged_text",
+    "standard_cl": "mora_jax.benchmarks.standard_cl:LEAK_FREE",
+    "standard_cl_published": "mora_jax.benchmarks.standard_cl:PUBLISHED",
+    "trace": "mora_jax.benchmarks.trace",
 }
 
 
@@ -117,7 +131,9 @@ def names() -> tuple[str, ...]:
 def _benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise unknown("benchmark", name, BENCHMARKS)
-    return cast(Benchmark, importlib.import_module(BENCHMARKS[name]))
+    module, _, attribute = BENCHMARKS[name].partition(":")
+    found = importlib.import_module(module)
+    return cast(Benchmark, getattr(found, attribute) if attribute else found)
 
 
 def task_names(name: str, root: str) -> tuple[str, ...]:
@@ -128,14 +144,15 @@ def task_names(name: str, root: str) -> tuple[str, ...]:
 def load(name: str, root: str, tasks: Sequence[str], *, metrics: Mapping[str, str], split_seed: int) -> list[Task]:
     """The stream: the named tasks of a benchmark in that order, or all in the benchmark's order if `tasks` is empty.
 
-    metrics: task -> metric where it should not be the task's own. MoraError for an unknown benchmark, task or metric
-    and for a task named twice, before any records are read.
+    tasks: names of tasks or of published orders. metrics: task -> metric where it should not be the task's own.
+    MoraError for an unknown benchmark, task or metric and for a task named twice, before any records are read.
     """
     benchmark = _benchmark(name)
-    known = benchmark.task_names(root)
+    known, orders = benchmark.task_names(root), getattr(benchmark, "ORDERS", {})
+    tasks = [task for entry in tasks for task in orders.get(entry, (entry,))]
     for task in (*tasks, *metrics):
         if task not in known:
-            raise unknown(f"task of benchmark {name!r}", task, known)
+            raise unknown(f"task of benchmark {name!r}", task, (*known, *orders))
     for task, count in Counter(tasks).items():
         if count > 1:
             raise MoraError(f"task {task!r} is named {count} times; a stream holds each task at most once")

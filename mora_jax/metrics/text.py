@@ -1,5 +1,7 @@
 """Text metrics: a table of pure functions of two strings, the prediction and the answer, each giving 0..1.
 
+A metric that also reads the prompt (SARI: what was simplified) says so in its row.
+
 A new metric is a new row of `METRICS`. `score` is strict. `lenient` also counts a right answer that is followed by more
 text: the larger of the strict score and the score of the prediction's leading part. It tells "does not know" from "does
 not stop", which is most of the gap of an untrained model.
@@ -18,17 +20,26 @@ from rapidfuzz import fuzz
 from rouge import Rouge
 
 from mora_jax.errors import unknown
+from mora_jax.metrics.sari import sari
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: strict and lenient score in 0..1 of (prediction, answer); `labels` says whether always giving the most
-    frequent answer is a meaningful baseline."""
+    """A metric: strict and lenient score in 0..1 of (prediction, answer), or of (prediction, answer, prompt).
+
+    `labels` says whether always giving the most frequent answer is a meaningful baseline.
+    """
 
     name: str
-    score: Callable[[str, str], float]
-    lenient: Callable[[str, str], float]
+    score: Callable[..., float]
+    lenient: Callable[..., float]
     labels: bool
+    reads_prompt: bool = False
+
+    def of(self, prediction: str, answer: str, prompt: str, lenient: bool = False) -> float:
+        """The score of one record in 0..1."""
+        function = self.lenient if lenient else self.score
+        return function(prediction, answer, prompt) if self.reads_prompt else function(prediction, answer)
 
 
 # --- exact_match ------------------------------------------------------------------------------------------------------
@@ -61,6 +72,18 @@ def _exact_match_lenient(prediction: str, answer: str) -> float:
     expected = _words(answer)
     begins = bool(expected) and _words(prediction)[: len(expected)] == expected
     return max(exact_match(prediction, answer), float(begins))
+
+
+def string_equality(prediction: str, answer: str) -> float:
+    """1 if the two strings are the same, character by character, and not empty: the strict scorer of TRACE's choices
+    and arithmetic (arXiv 2310.06762)."""
+    return float(prediction == answer != "")
+
+
+def _string_equality_lenient(prediction: str, answer: str) -> float:
+    expected = answer.split()
+    begins = bool(expected) and prediction.split()[: len(expected)] == expected
+    return max(string_equality(prediction, answer), float(begins))
 
 
 # --- choice, first_character ------------------------------------------------------------------------------------------
@@ -200,17 +223,31 @@ def _rouge_l_lenient(prediction: str, answer: str) -> float:
     return max(rouge_l(prediction, answer), rouge_l(_first_line(prediction), answer))
 
 
+# --- sari -------------------------------------------------------------------------------------------------------------
+
+
+def simplification(prediction: str, answer: str, prompt: str) -> float:
+    """SARI with the whole prompt, its instruction included, as the source: 20Minuten in the published TRACE runs."""
+    return sari(prompt, prediction, [answer])
+
+
+def _simplification_lenient(prediction: str, answer: str, prompt: str) -> float:
+    return max(simplification(text, answer, prompt) for text in (prediction, _first_line(prediction)))
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 METRICS: dict[str, Metric] = {
     row.name: row
     for row in (
         Metric("exact_match", exact_match, _exact_match_lenient, labels=True),
+        Metric("string_equality", string_equality, _string_equality_lenient, labels=True),
         Metric("choice", choice, choice, labels=True),
         Metric("last_number", last_number, _last_number_lenient, labels=False),
         Metric("fuzzy", fuzzy, _fuzzy_lenient, labels=False),
         Metric("rouge_l", rouge_l, _rouge_l_lenient, labels=False),
         Metric("first_character", first_character, _first_character_lenient, labels=True),
+        Metric("sari", simplification, _simplification_lenient, labels=False, reads_prompt=True),
     )
 }
 
@@ -222,9 +259,12 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def mean_percent(metric: Metric, predictions: Sequence[str], answers: Sequence[str], lenient: bool = False) -> float:
-    """Mean score of the pairs in percent, 0..100. ValueError for no pairs or different lengths."""
-    if len(predictions) != len(answers) or not answers:
-        raise ValueError(f"need as many predictions as answers and at least one: {len(predictions)}, {len(answers)}")
-    score = metric.lenient if lenient else metric.score
-    return 100.0 * sum(map(score, predictions, answers)) / len(answers)
+def mean_percent(
+    metric: Metric, predictions: Sequence[str], answers: Sequence[str], prompts: Sequence[str], lenient: bool = False
+) -> float:
+    """Mean score of the records in percent, 0..100. ValueError for no records or different lengths."""
+    if not answers or not len(predictions) == len(answers) == len(prompts):
+        counts = f"{len(predictions)}, {len(answers)}, {len(prompts)}"
+        raise ValueError(f"need as many predictions as answers and prompts and at least one: {counts}")
+    records = zip(predictions, answers, prompts, strict=True)
+    return 100.0 * sum(metric.of(*record, lenient) for record in records) / len(answers)

@@ -1,4 +1,4 @@
-"""Greedy text from a decoder: left-padded prompts, a static key-value cache, a batch at a time."""
+"""Greedy text from a decoder, by a named decoding: left-padded prompts, a static key-value cache, a batch at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from mora_jax.data import text
 from mora_jax.models.decoder import Cache, Decoder
 from mora_jax.models.tokenizer import Tokenizer
+from mora_jax.runtime.decoding import DECODING, Decoding, ruled
 from mora_jax.runtime.distributed import place_batch
 
 PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
@@ -41,8 +42,8 @@ class Generation(NamedTuple):
 class Generator:
     """Greedy decoding for one decoder; compiles once per (bank capacity, prompt bucket, answer bucket)."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh):
-        self.decoder, self.tokenizer, self.mesh = decoder, tokenizer, mesh
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding = DECODING["greedy"]):
+        self.decoder, self.tokenizer, self.mesh, self.decoding = decoder, tokenizer, mesh, decoding
         self._run = jax.jit(self._generate, static_argnames="capacity")
 
     def __call__(
@@ -90,13 +91,17 @@ class Generator:
             positions = jnp.maximum(at - padding, 0)
             return self.decoder.apply(variables, tokens, positions, mask, cache, **options)
 
-        def choose(hidden) -> Int[Array, " b"]:
+        def choose(hidden, ids, written) -> Int[Array, " b"]:
             logits = self.decoder.apply(variables, hidden[:, -1], method=Decoder.logits)
+            if not self.decoding.plain:
+                history = jnp.concatenate([tokens, ids], axis=1)
+                logits = ruled(self.decoding, logits, history, width - length, width + written)
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         (hidden, cache), stats = forward(tokens, cache, mutable=["stats"])
-        first = jnp.where(length == 0, self.tokenizer.eos_id, choose(hidden))
-        ids = jnp.full((b, capacity), self.tokenizer.eos_id, jnp.int32).at[:, 0].set(first)
+        ids = jnp.full((b, capacity), self.tokenizer.eos_id, jnp.int32)
+        first = jnp.where(length == 0, self.tokenizer.eos_id, choose(hidden, ids, jnp.int32(0)))
+        ids = ids.at[:, 0].set(first)
         done = (first == self.tokenizer.eos_id) | (length == 0)
 
         def going(state):
@@ -106,7 +111,7 @@ class Generator:
         def advance(state):
             ids, step, done, cache = state
             hidden, cache = forward(jax.lax.dynamic_slice_in_dim(ids, step - 1, 1, axis=1), cache)
-            token = jnp.where(done, self.tokenizer.eos_id, choose(hidden))
+            token = jnp.where(done, self.tokenizer.eos_id, choose(hidden, ids, step))
             ids = jax.lax.dynamic_update_slice_in_dim(ids, token[:, None], step, axis=1)
             return ids, step + 1, done | (token == self.tokenizer.eos_id), cache
 

@@ -17,6 +17,7 @@ from mora_jax.data import text
 from mora_jax.methods.method import Method
 from mora_jax.models.decoder import Decoder, causal_mask
 from mora_jax.models.registry import DTYPES, LanguageModel
+from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.distributed import place
 from mora_jax.runtime.generate import Generation, Generator
 
@@ -51,7 +52,7 @@ class LanguageFamily:
         self.identity = model.identity
         self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
         self.params = place(mesh, model.params)
-        self._generate = Generator(self.decoder, model.tokenizer, mesh)
+        self._generate = Generator(self.decoder, model.tokenizer, mesh, DECODING[config["eval"]["decoding"]])
 
     @property
     def site_kinds(self) -> dict[tuple[str, ...], str]:

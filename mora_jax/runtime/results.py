@@ -50,6 +50,7 @@ class Results:
             "benchmark": config.benchmark.name,
             "tasks": self.names,
             "metric": [task.metric for task in tasks],
+            "variant": [task.variant for task in tasks],
             "majority": [task.majority_percent(split) for task in tasks],
             "method": config.method.name,
             "model": config.model.name,
@@ -70,8 +71,9 @@ class Results:
         last = len(self.names) - 1
         full = jax.eval_shape(lambda: banks.empty(self.sites, m.capacity(last))) if m.trains else {}
         experts = f"{m.rank if m.trains else 0} experts at {facts['sites']} sites"
+        variants = ", ".join(filter(None, dict.fromkeys(facts["variant"])))
         self.display.facts("this run", {
-            "benchmark": f"{facts['benchmark']}: {' -> '.join(self.names)}",
+            "benchmark": f"{facts['benchmark']}{variants and f' ({variants})'}: {' -> '.join(self.names)}",
             "model": f"{facts['model']} ({c['model']['dtype']}), {self.frozen_parameters:,} frozen parameters",
             "method": facts["method"],
             "trainable": f"{facts['trainable_parameters']:,} parameters per task: {experts}",
