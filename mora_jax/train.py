@@ -36,7 +36,7 @@ from mora_jax.runtime.generate import GateCounts
 from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.progress import Progress, Stopped, StopSignals
-from mora_jax.runtime.results import Results
+from mora_jax.runtime.results import Results, row_name
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.steplog import StepLog
@@ -275,13 +275,20 @@ class Run:
 
     def fill_row(self, index: int) -> None:
         """Row `index` of R."""
-        last = len(self.tasks) if self.config.eval.future_tasks else index + 1
-        counts = GateCounts()
+        last, p = len(self.tasks) if self.config.eval.future_tasks else index + 1, self.progress
         for i in range(last):
-            self.progress.R[index][i], _, gates = self.evaluate(f"{index + 1:02d}_{self.names[index]}", i)
-            counts += gates
-        self.progress.gates[index] = list(counts)
+            p.R[index][i], _, gates = self.evaluate(row_name(index, self.names), i)
+            p.gates[index][i] = list(gates)
         self.save("evaluated")
+
+    def map_gates(self) -> None:
+        """Once, with the whole bank: the gates on the first evaluated prompt of every task."""
+        if not self.method.has_gates or self.results.gate_map_path.exists():
+            return
+        variables = {"params": self.family.params, "bank": self.bank}
+        prompts = [task.split(self.config.eval.split)[0].prompt for task in self.tasks]
+        maps = [self.family.gate_map(variables, *pair) for pair in zip(self.tasks, prompts, strict=True)]
+        self.results.write_gate_maps(dict(zip(self.names, maps, strict=True)))
 
     # -------------------------------------------------------------------- the stream
 
@@ -297,6 +304,7 @@ class Run:
             self.fill_row(index)
             self.write_results()
         self.write_results()
+        self.map_gates()
         self.results.conclude(p)
 
     def finished(self) -> bool:
