@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mora_jax.methods.method import from_config
 from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS, metric
 from mora_jax.models.registry import MODELS, load_model
+from mora_jax.reporting import page
 from mora_jax.runtime import distributed
 from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.display import Display
@@ -36,11 +38,11 @@ from mora_jax.runtime.generate import GateCounts
 from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.progress import Progress, Stopped, StopSignals
-from mora_jax.runtime.results import Results, row_name
+from mora_jax.runtime.results import Results
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.steplog import StepLog
-from mora_jax.runtime.writers import MetricsLog, locked, write_lines
+from mora_jax.runtime.writers import ZERO_SHOT_ROW, MetricsLog, locked, row_name, write_lines
 
 
 class Run:
@@ -268,7 +270,7 @@ class Run:
             return
         bank, self.bank = self.bank, self.new_bank()  # an empty bank: the frozen model
         for i in missing:
-            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate("00_zero_shot", i)
+            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate(ZERO_SHOT_ROW, i)
         self.bank = bank
         if p.task < 0:
             self.save("evaluated")
@@ -306,6 +308,16 @@ class Run:
         self.write_results()
         self.map_gates()
         self.results.conclude(p)
+        self.draw_report()
+
+    def draw_report(self) -> None:
+        """report.html. The run is complete by now, so a drawing that fails is told and ends nothing."""
+        try:
+            self.display.say(f"{page.write([self.workdir])} written")
+        except Exception as problem:
+            if not isinstance(problem, MoraError):
+                traceback.print_exc()  # a bug of ours
+            print(f"warning: no report ({problem}); the run is complete without it", file=sys.stderr)
 
     def finished(self) -> bool:
         p = self.progress

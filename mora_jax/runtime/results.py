@@ -22,7 +22,7 @@ from mora_jax.runtime.display import Display
 from mora_jax.runtime.generate import GateCounts, GateMap
 from mora_jax.runtime.progress import Progress
 from mora_jax.runtime.state import count_parameters
-from mora_jax.runtime.writers import write_json, write_lines
+from mora_jax.runtime.writers import row_name, write_json, write_lines
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "gguf")
 
@@ -175,11 +175,6 @@ class Results:
             self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
         seconds, traces = f"{p.wall_seconds:.0f} s in all", f"train step traced {p.train_traces}x"
         self.display.say(f"{self.path} written; {seconds}; {traces}")
-
-
-def row_name(index: int, names: Sequence[str]) -> str:
-    """What files of row `index` of R are called."""
-    return f"{index + 1:02d}_{names[index]}"
 
 
 def _gate_entry(count: GateCounts, origins: Sequence[str]) -> dict[str, Any]:
