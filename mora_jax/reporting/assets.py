@@ -2,15 +2,15 @@
 
 STYLE = """
 :root {
-  --paper: #fff; --card: #f6f7f9; --ink: #1b1f24; --quiet: #5a6472; --rule: #d5dae1; --heat: #1d5fa8; --on-heat: #fff;
+  --paper: #fff; --card: #f6f7f9; --ink: #1b1f24; --quiet: #5a6472; --rule: #d5dae1; --heat: #1d5fa8;
   --good: #146c3d; --bad: #a3273c; --warn: #fff3d6; --on-warn: #5c4300; --on-series: #fff;
   --c0: #1d64b0; --c1: #b4530a; --c2: #18764a; --c3: #7646b4; --c4: #b02f48;
   --c5: #0c7080; --c6: #80561f; --c7: #a03a88;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --paper: #14171b; --card: #1d2127; --ink: #e6e9ed; --quiet: #a3adba; --rule: #363d47; --heat: #86baf5;
-    --on-heat: #0d1a29; --good: #6fd39a; --bad: #f49aa7; --warn: #3d3214; --on-warn: #f6e3b0; --on-series: #14171b;
+    --paper: #14171b; --card: #1d2127; --ink: #e6e9ed; --quiet: #a3adba; --rule: #363d47; --heat: #3f7fd0;
+    --good: #6fd39a; --bad: #f49aa7; --warn: #3d3214; --on-warn: #f6e3b0; --on-series: #14171b;
     --c0: #7fb5f3; --c1: #f0a560; --c2: #6ccb94; --c3: #c1a0f2; --c4: #f28f9d;
     --c5: #60cad8; --c6: #d3ad7c; --c7: #ea9bd8;
   }
@@ -29,33 +29,37 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; ma
 dt { color: var(--quiet); }
 dd { margin: 0; overflow-wrap: anywhere; }
 code, pre { font: .84rem/1.45 ui-monospace, monospace; }
+code span { display: inline-block; max-width: 100%; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; }
 th { font-weight: 500; text-align: left; vertical-align: bottom; }
-td { vertical-align: bottom; }
+td, tbody th { vertical-align: baseline; }
 .plain th, .plain td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); }
 .plain td { min-width: 4rem; }
+.plain tbody th { min-width: 7.5rem; }
 .plain thead th { color: var(--quiet); }
 td, .number { font-variant-numeric: tabular-nums; }
-.plain td:last-child { min-width: 11rem; }
+.words td:last-child { min-width: 11rem; }
+.gains td { white-space: nowrap; }
+.gains small { display: block; }
 .matrix th { padding: .25rem .5rem; max-width: 9rem; min-width: 4.5rem; }
 .matrix td { padding: .45rem .5rem; text-align: center; border: 2px solid var(--paper); }
 .matrix thead th { text-align: center; font-size: .85rem; }
 .matrix thead th:first-child { text-align: left; color: var(--quiet); }
 .matrix tbody tr:first-child > * { border-bottom: 6px solid var(--paper); }
-.heat { background: color-mix(in srgb, var(--heat) var(--v), var(--card)); }
-.high { color: var(--on-heat); }
+/* at most 60 % of the colour: the ink stays legible on it */
+.heat { background: color-mix(in srgb, var(--heat) calc(var(--v) * .6), var(--card)); }
 .none { color: var(--quiet); }
 .marked { outline: 2px solid var(--ink); outline-offset: -4px; font-weight: 600; }
 .up { color: var(--good); } .down { color: var(--bad); } .same { color: var(--quiet); }
 .pair { display: grid; gap: 1rem; margin-top: 1rem; }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
-.pair > :only-child { max-width: 46rem; }
+.pair > :only-child { max-width: 38rem; }
 figure { margin: 0; padding: .9rem; background: var(--card); border-radius: 8px; min-width: 0; }
 figure.wide { margin-top: 1rem; }
-figure .matrix td { border-color: var(--card); }
-figure .heat { background: color-mix(in srgb, var(--heat) var(--v), var(--paper)); }
+figure .matrix tr > * { border-color: var(--card) !important; }
+figure .heat { background: color-mix(in srgb, var(--heat) calc(var(--v) * .6), var(--paper)); }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 figcaption span { display: block; font-weight: 400; }
 figure > svg { display: block; width: 100%; height: auto; }
@@ -103,6 +107,7 @@ details summary { cursor: pointer; color: var(--quiet); }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
   .answer dl { grid-template-columns: max-content 1fr; gap: .1rem .8rem; } .answer dd { margin: 0; }
   figure { padding: .7rem .5rem; }
+  figure > svg text { font-size: 16px; }
 }
 """
 

@@ -11,6 +11,7 @@ from mora_jax.reporting.markup import Markup, el, join, number
 COLOURS = 8  # classes in the style sheet; later series take them again with a dashed line
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 22, 44  # of the plot area, for tick labels
+NEAR = 14  # pixels within which points of a scatter share a label
 Point = tuple[float, float]
 
 
@@ -74,26 +75,20 @@ def scatter(series: Sequence[Series], x: Axis, y: Axis, *, title: str) -> Markup
     parts = [*_frame(x, across, y, along)]
     if along.low < 0 < along.high:
         parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=along(0), y2=along(0), class_="zero"))
+    labels: list[tuple[float, float, list[str]]] = []  # one for points that lie on each other
     for index, cloud in enumerate(series):
         for px, py in cloud.points:
-            name = f"{cloud.name}: {number(px)}, {number(py, signed=True)}"
-            left = across(px) > WIDTH * 0.8
-            parts.append(
-                el(
-                    "g",
-                    el("title", name),
-                    el("circle", cx=across(px), cy=along(py), r=6, class_="mark"),
-                    el(
-                        "text",
-                        cloud.name.partition(" ")[0],
-                        x=across(px) + (-10 if left else 10),
-                        y=along(py) - 7,
-                        text_anchor="end" if left else "start",
-                        class_="own",
-                    ),
-                    class_=colour(index),
-                )
-            )
+            at = across(px), along(py)
+            name = el("title", f"{cloud.name}: {number(px)}, {number(py, signed=True)}")
+            parts.append(el("circle", name, cx=at[0], cy=at[1], r=6, class_=f"mark {colour(index)}"))
+            shared = next((texts for lx, ly, texts in labels if math.dist((lx, ly), at) < NEAR), None)
+            if shared is None:
+                labels.append((*at, shared := []))
+            shared.append(cloud.name.partition(" ")[0])
+    for lx, ly, texts in labels:
+        left = lx > WIDTH * 0.8
+        side = {"x": lx + (-10 if left else 10), "text_anchor": "end" if left else "start"}
+        parts.append(el("text", ", ".join(texts), y=ly - 7, class_="name", **side))
     return _figure(title, y.label, parts, series)
 
 
@@ -112,7 +107,7 @@ def share_bars(rows: Sequence[tuple[str, dict[str, float] | None]], names: Seque
             for name, share in (shares or {}).items()
         ]
         bars.append(el("div", el("span", label, class_="label"), el("div", *(cuts or ["none"]), class_="bar")))
-    return el("div", *bars, class_="bars") + legend(names)
+    return join([el("div", *bars, class_="bars"), legend(names)])
 
 
 def legend(names: Sequence[str]) -> Markup:

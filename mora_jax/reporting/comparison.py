@@ -10,7 +10,7 @@ from typing import Any
 from mora_jax.metrics.continual import CONVENTIONS
 from mora_jax.reporting.charts import Axis, Series, line_chart, scatter
 from mora_jax.reporting.markup import Markup, breakable, el, number, section, table
-from mora_jax.reporting.single import PERCENT, matrix, stream_ticks, task_curve
+from mora_jax.reporting.single import PERCENT, command, matrix, stream_ticks, task_curve
 from mora_jax.reporting.workdir import Workdir
 
 STREAM = ("benchmark", "tasks", "metric", "eval_examples")  # what runs must share before their scores compare
@@ -124,7 +124,7 @@ def differences(runs: Runs) -> Markup:
     rows = [(breakable(key), *(el("td", str(values.get(key, "·"))) for values in flat)) for key in keys]
     header = ("key", *(breakable(name) for name, _ in runs))
     shown = table(header, rows, "plain") if rows else el("p", "Nothing: config, versions and device are the same.")
-    commands = (part for name, run in runs for part in (el("dt", name), el("dd", el("code", run.results["command"]))))
+    commands = (part for name, run in runs for part in (el("dt", name), el("dd", command(run))))
     return section("What differs", shown, el("details", el("summary", "commands"), el("dl", *commands)))
 
 

@@ -8,7 +8,8 @@ from mora_jax.reporting.charts import colour
 from mora_jax.reporting.markup import Markup, el
 from mora_jax.reporting.workdir import Workdir
 
-CELL, ROW, LABELS = 15, 7, 150  # width of a token, height of an expert, room for tokens above; in pixels
+CELL, ROW, LETTER = 15, 7, 7  # width of a token, height of an expert, width of a letter; in pixels
+LETTERS = 18  # of a token
 SHADES = 5  # a gate is drawn as one of so many opacities, which keeps a map small
 GAP = 4  # between two groups of experts
 
@@ -35,10 +36,12 @@ def _map(m: dict[str, Any], cells: list) -> Markup:
     """Tokens from left to right, experts from top to bottom; a stronger colour is a larger gate."""
     groups = list(dict.fromkeys(m["origins"]))
     place = {name: i for i, name in enumerate(groups)}
-    tops = [LABELS + e * ROW + place[origin] * GAP for e, origin in enumerate(m["origins"])]
-    side = 14 + 7 * max((len(name) for name in groups), default=0)
+    shown = [_visible(token) for token in m["tokens"]]
+    head = 16 + LETTER * max(map(len, shown), default=0)
+    tops = [head + e * ROW + place[origin] * GAP for e, origin in enumerate(m["origins"])]
+    side = 14 + LETTER * max((len(name) for name in groups), default=0)
     width = side + CELL * len(m["tokens"]) + 8
-    bottom = (tops[-1] if tops else LABELS) + ROW
+    bottom = (tops[-1] if tops else head) + ROW
     paths: dict[tuple[str, int], list[str]] = {}
     for token, expert, gate in cells:
         shade = max(1, min(SHADES, round(gate * SHADES)))
@@ -56,9 +59,9 @@ def _map(m: dict[str, Any], cells: list) -> Markup:
             el("rect", x=side, y=own[0] - 1, width=width - side - 8, height=own[-1] + ROW - own[0], class_="group")
         )
     silent = set(range(len(m["tokens"]))) - {token for token, _, _ in cells}
-    for index, token in enumerate(m["tokens"]):
+    for index, token in enumerate(shown):
         x = side + index * CELL + CELL / 2
-        drawn.append(el("text", _visible(token), transform=f"translate({x + 4} {LABELS - 8}) rotate(-90)"))
+        drawn.append(el("text", token, transform=f"translate({x + 4} {head - 8}) rotate(-90)"))
         if index in silent:
             drawn.append(el("text", "×", x=x, y=bottom + 14, text_anchor="middle"))
     return el("svg", *drawn, width=width, height=bottom + 20, class_="map", role="img", aria_label="gate map")
@@ -67,4 +70,4 @@ def _map(m: dict[str, Any], cells: list) -> Markup:
 def _visible(token: str) -> str:
     """Blanks as signs, and long tokens shortened."""
     shown = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return shown if len(shown) <= 18 else f"{shown[:17]}…"
+    return shown if len(shown) <= LETTERS else f"{shown[: LETTERS - 1]}…"

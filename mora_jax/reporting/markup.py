@@ -92,8 +92,8 @@ def heat_table(
     def cell(r: int, c: int, value: float | None) -> Markup:
         if value is None:
             return el("td", "·", class_="none")
-        classes = ["heat"] + ["high"] * (value > 55) + ["marked"] * ((r, c) in marked)
-        return el("td", number(value), class_=" ".join(classes), style=f"--v:{min(max(value, 0), 100):.1f}%")
+        class_ = "heat marked" if (r, c) in marked else "heat"
+        return el("td", number(value), class_=class_, style=f"--v:{min(max(value, 0), 100):.1f}%")
 
     body = [(name, *(cell(r, c, value) for c, value in enumerate(values))) for r, (name, values) in enumerate(rows)]
     return table((corner, *columns), body, "matrix")

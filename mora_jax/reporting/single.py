@@ -26,7 +26,7 @@ def claim(run: Workdir) -> Markup:
     r = run.results
     versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
     score, tasks = r["summary"].get("overall_performance"), len(run.tasks)
-    reached = "no score yet" if score is None else f"overall performance {number(score)} %"
+    reached = "no score yet" if score is None else f"overall performance {number(score)}\u00a0%"
     stream = "1 task" if tasks == 1 else f"{tasks} tasks"
     facts = {
         "method": r["method"],
@@ -37,7 +37,7 @@ def claim(run: Workdir) -> Markup:
         "versions": versions,
         "trained": f"{r.get('trainable_parameters', 0):,} parameters per task at {r.get('sites', 0)} sites",
         "time": f"{number(r.get('wall_seconds'), 0)} s, train step traced {r.get('train_traces', 0)}x",
-        "command": el("code", r["command"]),
+        "command": command(run),
     }
     items = (part for name, value in facts.items() for part in (el("dt", name), el("dd", value)))
     return el(
@@ -47,6 +47,11 @@ def claim(run: Workdir) -> Markup:
         unfinished(run),
         el("dl", *items),
     )
+
+
+def command(run: Workdir) -> Markup:
+    """The command line, to be broken between its words only."""
+    return el("code", *(part for word in run.results["command"].split(" ") for part in (el("span", word), " ")))
 
 
 def unfinished(run: Workdir) -> Markup | None:
@@ -71,7 +76,7 @@ def summary(run: Workdir) -> Markup:
             f" {min(examples)} evaluated examples in the smallest task: "
             f"the standard error of a task's score is at most {bound:.1f} points."
         )
-    return section("Summary", table(("score", "value", "convention"), rows, "plain"), note=note)
+    return section("Summary", table(("score", "value", "convention"), rows, "plain words"), note=note)
 
 
 def matrix(run: Workdir) -> Markup:
@@ -122,7 +127,7 @@ def gains(run: Workdir) -> Markup:
         rows.append((el("span", _numbered(i, run.tasks), metric), number(final[i]), *cells))
     last = "last row of R" if run.results["complete"] else "newest row of R"
     caption = el("figcaption", f"Gain of the {last} over the baselines", el("span", "baseline, gain in points"))
-    return el("figure", caption, table(("task", "score", *baselines), rows, "plain"))
+    return el("figure", caption, table(("task", "score", *baselines), rows, "plain gains"))
 
 
 def training(run: Workdir) -> Markup | None:
@@ -259,9 +264,9 @@ def _place(task: str, tasks: Sequence[str]) -> str:
 def _gain(value: float | None, baseline: float | None) -> Markup:
     if value is None or baseline is None:
         return el("td", number(baseline))
-    gain = value - baseline
+    gain = round(value - baseline, 1) + 0.0  # no -0.0
     sign = "up" if gain > 0 else "down" if gain < 0 else "same"
-    return el("td", number(baseline), " ", el("span", number(gain, signed=True), class_=sign))
+    return el("td", number(baseline), " ", el("b", number(gain, signed=True), class_=sign))
 
 
 def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
