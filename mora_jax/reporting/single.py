@@ -100,7 +100,7 @@ def scores(run: Workdir) -> Markup:
     return section(
         "Scores",
         matrix(run),
-        el("div", curves, gains(run), class_="pair"),
+        el("div", curves if run.results["R"] else None, gains(run), class_="pair"),
         note="R in percent: row = after training that task, column = evaluated task; outlined: just taught.",
     )
 
@@ -125,8 +125,9 @@ def gains(run: Workdir) -> Markup:
         cells = [_gain(final[i], values[i]) for values in baselines.values()]
         metric = el("small", " ", run.results["metric"][i])
         rows.append((el("span", _numbered(i, run.tasks), metric), number(final[i]), *cells))
-    last = "last row of R" if run.results["complete"] else "newest row of R"
-    caption = el("figcaption", f"Gain of the {last} over the baselines", el("span", "baseline, gain in points"))
+    last = "last" if run.results["complete"] else "newest"
+    title = f"Gain of the {last} row of R over the baselines" if run.results["R"] else "Baselines"
+    caption = el("figcaption", title, el("span", "baseline in percent, gain in points"))
     return el("figure", caption, table(("task", "score", *baselines), rows, "plain gains"))
 
 
@@ -172,7 +173,8 @@ def gates(run: Workdir) -> Markup | None:
         Axis("percent of prompt tokens and sites", low=0),
         title="Tokens without any active expert against bank size",
     )
-    origins = list(rows[-1]["mass"] or {name: 0 for row in rows for name in row["mass"] or {}})
+    entries = [entry for row in rows for entry in (row, *row["on"].values())]
+    origins = list(dict.fromkeys(name for entry in entries for name in entry["mass"] or {}))
     after = [(f"after {_place(row['task'], run.tasks)} {row['task']}", row["mass"]) for row in rows]
     asked = [(f"on {_place(task, run.tasks)} {task}", entry["mass"]) for task, entry in rows[-1]["on"].items()]
     bars = (
