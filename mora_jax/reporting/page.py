@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +52,6 @@ def document(title: str, sections: Sequence[Markup]) -> str:
         el("title", f"{title} - mora_jax"),
         el("style", Markup(STYLE)),
     )
-    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    footer = el("footer", f"mora_jax {mora_jax.__version__}, drawn {made} from the files of the workdir alone")
+    footer = el("footer", f"drawn by mora_jax {mora_jax.__version__} from the files of a workdir alone")
     body = el("body", el("main", *sections, footer), el("script", Markup(SCRIPT)))
     return f"<!DOCTYPE html>\n{el('html', head, body, lang='en')}\n"
