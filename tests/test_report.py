@@ -122,7 +122,7 @@ def test_a_long_loss_curve_is_thinned(tmp_path: Path) -> None:
             "R": [[50.0]],
             "zero_shot": [None],
             "baselines": {},
-            "eval_examples": [],
+            "eval_examples": [3],
         },
     ],
 )
@@ -251,6 +251,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ("colours.jsonl line 2 has no usable prompt, answer",),
     ),
     "cut prediction": (text("predictions/03_moods/colours.jsonl", '{"a\n'), ("colours.jsonl line 1 is not JSON",)),
+    "no tasks": (results_with(tasks=[]), ("tasks must be a list of names",)),
+    "no counts": (results_with(eval_examples=[2, None, 2]), ("eval_examples must be one number per task",)),
+    "no parameters": (results_with(trainable_parameters=None), ("trainable_parameters must be a number",)),
+    "loss of NaN": (text("metrics.jsonl", '{"step": 1, "task": "a", "loss": NaN}\n'), ("no usable loss",)),
+    "expert out of reach": (
+        lambda folder: write_lines(folder / "gates" / "03_moods.jsonl", [MAP | {"sites": {"q": [[0, 4, 0.5]]}}]),
+        ("03_moods.jsonl line 1: sites must hold",),
+    ),
     "gate map": (text("gates/03_moods.jsonl", "[]\n"), ("03_moods.jsonl line 1 has no usable task",)),
 }
 

@@ -35,8 +35,8 @@ def claim(run: Workdir) -> Markup:
         "seed": r["seed"],
         "device": r["device"],
         "versions": versions,
-        "trained": f"{r.get('trainable_parameters', 0):,} parameters per task at {r.get('sites', 0)} sites",
-        "time": f"{number(r.get('wall_seconds'), 0)} s, train step traced {r.get('train_traces', 0)}x",
+        "trained": f"{r['trainable_parameters']:,} parameters per task at {r['sites']} sites",
+        "time": f"{number(r['wall_seconds'], 0)} s, train step traced {r['train_traces']}x",
         "command": command(run),
     }
     items = (part for name, value in facts.items() for part in (el("dt", name), el("dd", value)))
@@ -68,9 +68,9 @@ def summary(run: Workdir) -> Markup:
         (breakable(name), el("td", number(value, 2), class_="number"), CONVENTIONS.get(name, ""))
         for name, value in run.results["summary"].items()
     ]
-    examples = run.results.get("eval_examples") or []
+    examples = run.results["eval_examples"]
     note = "Percent; differences in points. A dot is a number that is not defined or not measured yet."
-    if examples and min(examples) > 0:
+    if min(examples) > 0:
         bound = 50 / math.sqrt(min(examples))
         note += (
             f" {min(examples)} evaluated examples in the smallest task: "
@@ -185,8 +185,8 @@ def gates(run: Workdir) -> Markup | None:
         )
     )
     note = (
-        "Over the prompt tokens of the evaluated examples and all sites; an expert is active above a gate of 0.001. "
-        "A colour is the task whose training made the expert."
+        "Over the prompt tokens of the evaluated examples and all sites; "
+        "a gate of next to nothing does not count as active. A colour is the task whose training made the expert."
     )
     return section("Gates", el("div", active, none, *bars, class_="pair"), gatemaps.draw(run), note=note)
 

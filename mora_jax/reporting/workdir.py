@@ -62,7 +62,11 @@ def _matrix(value: Any, tasks: int) -> bool:
 
 
 def _texts(value: Any, tasks: int) -> bool:
-    return isinstance(value, list) and len(value) == tasks and all(isinstance(text, str) for text in value)
+    return isinstance(value, list) and len(value) == tasks > 0 and all(isinstance(text, str) for text in value)
+
+
+def _numbers(value: Any, tasks: int) -> bool:
+    return _scores(value, tasks) and None not in value
 
 
 def _shares(entry: Any) -> bool:
@@ -82,6 +86,20 @@ def _gates(value: Any) -> bool:
         isinstance(value, list)
         and all(_shares(row) and {"task", "experts_per_site", "on"} <= set(row) for row in value)
         and all(_shares(entry) for row in value for entry in row["on"].values())
+    )
+
+
+def _inside(row: dict[str, Any]) -> bool:
+    """Whether every cell of a gate map lies in it."""
+    limits = [range(len(row["tokens"])), range(len(row["origins"]))]
+    names = all(isinstance(text, str) for text in (*row["tokens"], *row["origins"]))
+    cells = [cell for site in row["sites"].values() for cell in (site if isinstance(site, list) else [None])]
+    return names and all(
+        isinstance(cell, list)
+        and len(cell) == 3
+        and all(at in limit for at, limit in zip(cell[:2], limits, strict=True))
+        and _numbers(cell[2:], 1)
+        for cell in cells
     )
 
 
@@ -107,6 +125,11 @@ NEEDED: Mapping[str, tuple[Callable[[Any, int], bool], str]] = {
     "versions": (lambda v, tasks: isinstance(v, dict), "an object"),
     "seed": (lambda v, tasks: isinstance(v, int), "a whole number"),
     "complete": (lambda v, tasks: isinstance(v, bool), "true or false"),
+    "eval_examples": (_numbers, "one number per task"),
+    **dict.fromkeys(
+        ("trainable_parameters", "sites", "train_traces", "wall_seconds"),
+        (lambda v, tasks: _numbers([v], 1), "a number"),
+    ),
     **dict.fromkeys(("benchmark", "method", "model", "device", "command"), (_text, "a text")),
 }
 # What a line of the other files must hold: key -> type.
@@ -138,12 +161,16 @@ def read(path: Path) -> Workdir:
         for row in rows
     }
     last = path / "gates" / f"{rows[-1]}.jsonl"
+    maps = _records(last, GATE_MAP) if last.is_file() else []
+    for number, row in enumerate(maps, 1):
+        if not _inside(row):
+            raise MoraError(f"{last} line {number}: sites must hold [token, expert, gate] of its tokens and origins")
     return Workdir(
         path=path,
         results=results,
         steps=_steps(path / "metrics.jsonl"),
         predictions={row: found for row, found in predictions.items() if found},
-        gate_maps=_records(last, GATE_MAP) if last.is_file() else [],
+        gate_maps=maps,
     )
 
 
@@ -179,6 +206,8 @@ def _records(file: Path, kinds: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check(file: Path, number: int, row: Any, kinds: Mapping[str, Any]) -> None:
-    wrong = [key for key, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+    legal = row if isinstance(row, dict) else {}
+    legal = {key: value for key, value in legal.items() if not isinstance(value, float) or math.isfinite(value)}
+    wrong = [key for key, kind in kinds.items() if not isinstance(legal.get(key), kind)]
     if wrong:
         raise MoraError(f"{file} line {number} has no usable {', '.join(wrong)}")
