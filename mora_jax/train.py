@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mora_jax.methods.method import from_config
 from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS, metric
 from mora_jax.models.registry import MODELS, load_model
+from mora_jax.reporting import page
 from mora_jax.runtime import distributed
 from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.display import Display
@@ -40,7 +42,7 @@ from mora_jax.runtime.results import Results
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.steplog import StepLog
-from mora_jax.runtime.writers import MetricsLog, locked, write_lines
+from mora_jax.runtime.writers import ZERO_SHOT_ROW, MetricsLog, locked, row_name, write_lines
 
 
 class Run:
@@ -268,20 +270,27 @@ class Run:
             return
         bank, self.bank = self.bank, self.new_bank()  # an empty bank: the frozen model
         for i in missing:
-            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate("00_zero_shot", i)
+            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate(ZERO_SHOT_ROW, i)
         self.bank = bank
         if p.task < 0:
             self.save("evaluated")
 
     def fill_row(self, index: int) -> None:
         """Row `index` of R."""
-        last = len(self.tasks) if self.config.eval.future_tasks else index + 1
-        counts = GateCounts()
+        last, p = len(self.tasks) if self.config.eval.future_tasks else index + 1, self.progress
         for i in range(last):
-            self.progress.R[index][i], _, gates = self.evaluate(f"{index + 1:02d}_{self.names[index]}", i)
-            counts += gates
-        self.progress.gates[index] = list(counts)
+            p.R[index][i], _, gates = self.evaluate(row_name(index, self.names), i)
+            p.gates[index][i] = list(gates)
         self.save("evaluated")
+
+    def map_gates(self) -> None:
+        """Once, with the whole bank: the gates on the first evaluated prompt of every task."""
+        if not self.method.has_gates or self.results.gate_map_path.exists():
+            return
+        variables = {"params": self.family.params, "bank": self.bank}
+        prompts = [task.split(self.config.eval.split)[0].prompt for task in self.tasks]
+        maps = [self.family.gate_map(variables, *pair) for pair in zip(self.tasks, prompts, strict=True)]
+        self.results.write_gate_maps(dict(zip(self.names, maps, strict=True)))
 
     # -------------------------------------------------------------------- the stream
 
@@ -297,7 +306,18 @@ class Run:
             self.fill_row(index)
             self.write_results()
         self.write_results()
+        self.map_gates()
         self.results.conclude(p)
+        self.draw_report()
+
+    def draw_report(self) -> None:
+        """report.html. The run is complete by now, so a drawing that fails is told and ends nothing."""
+        try:
+            self.display.say(f"{page.write([self.workdir])} written")
+        except Exception as problem:
+            if not isinstance(problem, MoraError):
+                traceback.print_exc()  # a bug of ours
+            print(f"warning: no report ({problem}); the run is complete without it", file=sys.stderr)
 
     def finished(self) -> bool:
         p = self.progress

@@ -49,7 +49,7 @@ RESULT_KEYS = {
     *("benchmark", "tasks", "metric", "R", "zero_shot", "baselines", "summary", "method", "model", "seed", "config"),
     *("fingerprint", "versions", "trainable_parameters", "experts_per_site", "sites", "train_traces"),
     *("step_seconds_median", "tokens_per_second", "examples_per_second", "active_experts_mean"),
-    *("tokens_without_expert", "prompts_truncated", "eval_examples", "task_seconds", "wall_seconds", "device"),
+    *("tokens_without_expert", "gates", "prompts_truncated", "eval_examples", "task_seconds", "wall_seconds", "device"),
     *("command", "complete"),
 }
 SUMMARY_KEYS = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import CONFIG, Ended, results
@@ -48,11 +50,38 @@ def test_smoke_run_of_every_method(
     assert found["R"] == ([[0.0, None], [0.0, 0.0]] if trains else None)
     assert (found["active_experts_mean"] is None) == (method != "mora")
     assert (found["tokens_without_expert"] is None) == (method != "mora")
+    assert (found["gates"] is None) == (method != "mora")
+    assert (tmp_path / "w" / "gates" / "02_digits.jsonl").exists() == (method == "mora")
+    assert (tmp_path / "w" / "report.html").exists()
     assert (found["tokens_per_second"] is None) == (not trains)
     assert (found["trainable_parameters"] == 0) == (not trains)
     assert found["summary"]["overall_performance"] == 0.0
     assert found["baselines"]["majority"] == [50.0, 50.0]
     assert str(tmp_path / "w" / "results.json") in run.out
+    if method == "mora":
+        assert_gates(found, tmp_path / "w" / "gates" / "02_digits.jsonl")
+
+
+def assert_gates(found: dict[str, Any], maps: Path) -> None:
+    """Every row and every task asked is there; shares add up; the newest row is what the run reports as a whole."""
+    first, last = found["gates"]
+    assert (first["task"], first["experts_per_site"], first["mass"]) == ("colours", 8, {"colours": 1.0})
+    assert (last["experts_per_site"], list(last["on"])) == (16, ["colours", "digits"])
+    assert last["active_experts_mean"] == found["active_experts_mean"]
+    assert last["tokens_without_expert"] == found["tokens_without_expert"]
+    for entry in (last, *last["on"].values()):
+        assert list(entry["mass"]) == ["colours", "digits"]
+        assert sum(entry["mass"].values()) == pytest.approx(1, abs=1e-5)
+        assert min(entry["mass"].values()) > 0
+    drawn = [json.loads(line) for line in maps.read_text(encoding="utf-8").splitlines()]
+    assert [row["task"] for row in drawn] == ["colours", "digits"]
+    for row in drawn:
+        assert row["origins"] == ["colours"] * 8 + ["digits"] * 8
+        assert set(row["sites"]) == {"attn/q", "attn/k", "attn/v", "attn/o"}
+        assert "".join(row["tokens"][1:]) == f"{row['task']} 0 ->"
+        for cells in row["sites"].values():
+            assert cells
+            assert all(0 <= t < len(row["tokens"]) and 0 <= e < 16 and 0 < g <= 1 for t, e, g in cells)
 
 
 def test_smoke_run_of_the_packaged_tasks(binary: Callable[..., Ended], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from mora_jax.methods import bank as banks
 from mora_jax.methods import boundaries
+from mora_jax.methods.gates import ACTIVE
 from mora_jax.methods.method import Method
 from mora_jax.methods.presets import preset
 from mora_jax.models.decoder import Decoder, causal_mask
@@ -311,13 +312,18 @@ def test_every_token_of_every_prompt_meets_every_site(
     how = method(threshold=0.0, temperature=1.0)  # a softmax of scores in -1..1 closes none of the 3 kept gates
     gates = answer_with(tiny, mesh, how, 2, batch_size=batch_size, max_prompt_tokens=limit).gates
     pairs = sum(min(limit, 1 + len(prompt)) for prompt in SHORT) * len(TARGETS) * LAYERS
-    assert gates == GateCounts(pairs=pairs, active=3 * pairs, none=0)
+    assert gates[:3] == (pairs, 3 * pairs, 0)
+    assert len(gates.mass) == 4  # the capacity of 16 is room for 4 blocks of 4 experts
+    assert sum(gates.mass) == pytest.approx(pairs, rel=1e-5)  # a softmax sums to 1 where no threshold cuts it
+    assert min(gates.mass[:2]) > 0
+    assert gates.mass[2:] == (0.0, 0.0)  # no third and fourth task yet
     assert (pairs == PAIRS) == (limit == 128)
 
 
 def test_fewer_experts_than_k(tiny: LanguageModel, mesh: Mesh) -> None:
     gates = answer_with(tiny, mesh, method(threshold=0.0, temperature=1.0, rank=2), 1).gates
-    assert gates == GateCounts(PAIRS, 2 * PAIRS, 0)
+    assert gates[:3] == (PAIRS, 2 * PAIRS, 0)
+    assert gates.mass[1:] == (0.0,) * 7
 
 
 def test_the_gates_act_on_the_answers(tiny: LanguageModel, mesh: Mesh, run: Callable[..., Generation]) -> None:
@@ -326,22 +332,25 @@ def test_the_gates_act_on_the_answers(tiny: LanguageModel, mesh: Mesh, run: Call
     decoder, variables = Decoder(tiny.config, how), {"params": tiny.params, "bank": taught(tiny, how, 2)}
 
     @jax.jit
-    def stats(tokens: jax.Array) -> Any:
+    def gates(tokens: jax.Array) -> Any:
         t = tokens.shape[1]
-        return decoder.apply(variables, tokens, jnp.arange(t)[None], causal_mask(t), mutable=["stats"])[1]["stats"]
+        return decoder.apply(variables, tokens, jnp.arange(t)[None], causal_mask(t), mutable=["gates"])[1]["gates"]
 
     generation = answer_with(tiny, mesh, how, 2)
     assert generation.texts != run(SHORT).texts
-    active = none = 0
+    active, none, mass = 0, 0, np.zeros(16)
     for prompt, text in zip(SHORT, generation.texts, strict=True):
         assert text == recompute(decoder, variables, prompt, 12)
         row = np.zeros((1, 160), np.int32)
         row[0, : 1 + len(prompt)] = [256, *prompt.encode()]
-        for leaf in jax.tree.leaves(stats(row)):
-            assert leaf.shape == (LAYERS, 1, 160)
+        for leaf in jax.tree.leaves(gates(row)):
+            assert leaf.shape == (LAYERS, 1, 160, 16)
             real = np.asarray(leaf)[:, 0, : 1 + len(prompt)]
-            active, none = active + int(real.sum()), none + int((real == 0).sum())
-    assert generation.gates == GateCounts(PAIRS, active, none)
+            open_gates = (real > ACTIVE).sum(axis=-1)
+            active, none = active + int(open_gates.sum()), none + int((open_gates == 0).sum())
+            mass += real.sum(axis=(0, 1))
+    assert generation.gates[:3] == (PAIRS, active, none)
+    np.testing.assert_allclose(generation.gates.mass, mass.reshape(4, 4).sum(axis=1), rtol=1e-4)
     assert 0 < none < PAIRS
     assert PAIRS - none < active < 3 * PAIRS
 
@@ -351,13 +360,13 @@ def test_a_threshold_that_closes_all_gates_leaves_the_frozen_model(
 ) -> None:
     """A normalised score is 1 only for an expert that answers alone, so delta = 1 closes every gate of 8 experts."""
     generation = answer_with(tiny, mesh, method(threshold=1.0), 2)
-    assert generation.gates == GateCounts(pairs=PAIRS, active=0, none=PAIRS)
+    assert generation.gates == GateCounts(pairs=PAIRS, active=0, none=PAIRS, mass=(0.0,) * 4)
     assert generation.texts == run(SHORT).texts
 
 
 def test_an_empty_bank_is_the_frozen_model(tiny: LanguageModel, mesh: Mesh, run: Callable[..., Generation]) -> None:
     generation = answer_with(tiny, mesh, method(), 0)
-    assert generation.gates == GateCounts(pairs=PAIRS, active=0, none=PAIRS)
+    assert generation.gates == GateCounts(pairs=PAIRS, active=0, none=PAIRS, mass=(0.0,) * 4)
     assert generation.texts == run(SHORT).texts
 
 
@@ -371,8 +380,27 @@ def test_a_method_without_gates_has_nothing_to_count(
 
 
 def test_counts_add_up() -> None:
-    assert GateCounts(5, 3, 2) + GateCounts(1, 1, 0) == GateCounts(6, 4, 2)
+    assert GateCounts(5, 3, 2, (1.0,)) + GateCounts(1, 1, 0, (0.5, 2.0)) == GateCounts(6, 4, 2, (1.5, 2.0))
     assert GateCounts() == GateCounts(0, 0, 0)
+
+
+def test_a_gate_map_shows_the_gates_of_one_prompt(tiny: LanguageModel, mesh: Mesh) -> None:
+    how = method()
+    answer_with(tiny, mesh, how, 2)
+    generate, prompt = COMPILED[how, mesh], "which topic?"
+    variables = {"params": tiny.params, "bank": place(mesh, taught(tiny, how, 2))}
+    found = generate.gate_map(variables, prompt, 128)
+    ids = [256, *prompt.encode()]
+    assert found.tokens == [str(i) for i in ids]
+    assert (found.truncated, found.layer, set(found.sites)) == (False, 1, set(TARGETS))
+    tokens = jnp.array([ids])
+    alone = jax.jit(partial(generate.decoder.apply, mutable=["gates"]))(
+        variables, tokens, jnp.arange(len(ids))[None], causal_mask(len(ids))
+    )[1]["gates"]["layers"]
+    np.testing.assert_allclose(found.sites["attn/o"], alone["attn"]["o"]["gates"][1, 0], atol=1e-4)
+    assert found.sites["attn/o"].shape == (len(ids), 16)
+    cut = generate.gate_map(variables, prompt, 5)
+    assert (cut.tokens, cut.truncated) == ([str(i) for i in [256, *b"pic?"]], True)
 
 
 def test_a_growing_bank_is_not_traced_again(tiny: LanguageModel, mesh: Mesh) -> None:

@@ -358,6 +358,20 @@ def test_a_kernel_that_is_not_here_lists_the_legal_ones():
         from_config({**preset("mora"), "targets": "attn/q", "capacity_bucket": 4}, kernel="pallas")
 
 
+@pytest.mark.parametrize(
+    ("boundary", "origins"),
+    [("append", [[], [(0,)], [(0,), (1,)], [(0,), (1,), (2,)]]), ("continue", [[], [(0,)], [(0, 1)], [(0, 1, 2)]])],
+)
+def test_every_block_names_the_tasks_that_trained_it(boundary, origins):
+    assert [make(boundary=boundary).origins(task) for task in range(-1, 3)] == origins
+
+
+def test_mass_by_block():
+    g = jnp.array([[0.5, 0.0, 0.25, 0.25, 0.125]])
+    np.testing.assert_array_equal(gates.mass_by_block(g, 2), [[0.5, 0.5, 0.125]])
+    np.testing.assert_array_equal(gates.mass_by_block(g, 5), [[1.125]])
+
+
 def test_targets_choose_sites_by_whole_kind():
     params = {
         "layers": {"attn": {"q": {"kernel": np.zeros((2, 6, 5))}}, "mlp": {"down": {"kernel": np.zeros((2, 5, 6))}}}

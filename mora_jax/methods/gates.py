@@ -131,3 +131,10 @@ def gates(x: Float[Array, "... d_in"], bank: Mapping, fresh: Mapping | None, met
     z, exists = _responses(x, bank, fresh)
     g = _compose(z, exists, method, 0.0 if fresh else method.threshold)
     return g.reshape(*x.shape[:-1], g.shape[-1])
+
+
+def mass_by_block(g: Float[Array, "... n"], rank: int) -> Float[Array, "... blocks"]:
+    """The gates summed over every `rank` experts in a row, which were trained together; the last block may be short."""
+    missing = -g.shape[-1] % rank
+    g = jnp.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, missing)])
+    return g.reshape(*g.shape[:-1], -1, rank).sum(axis=-1)

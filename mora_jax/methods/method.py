@@ -72,6 +72,11 @@ class Method:
         """Frozen experts per site once task `task` (0-based) has been frozen; 0 for task = -1."""
         return BOUNDARIES[self.boundary].blocks(task) * self.rank if self.trains else 0
 
+    def origins(self, task: int) -> list[tuple[int, ...]]:
+        """For every block of `rank` experts in the bank after task `task`: the tasks that trained it."""
+        blocks = BOUNDARIES[self.boundary].blocks
+        return [tuple(t for t in range(task + 1) if blocks(t) == block + 1) for block in range(blocks(task))]
+
     def capacity(self, task: int) -> int:
         """Bank rows to allocate while task `task` is taught: enough for its own freeze, in whole buckets."""
         rows = max(1, self.live_after(task))

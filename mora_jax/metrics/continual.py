@@ -16,6 +16,19 @@ Matrix = Float[np.ndarray, "T T"]  # R, percent
 Vector = Float[np.ndarray, "T"]  # one score per task, percent
 
 
+# What each number of `summary` means, in one line for tables.
+CONVENTIONS = {
+    "overall_performance": "mean of the last row",
+    "learned": "mean of the diagonal: what each task reached right after it was taught",
+    "average": "mean of all entries that exist",
+    "transfer": "tasks not taught yet",
+    "last": "the same number as overall_performance, under the name of the CLIP papers",
+    "backward_transfer": "signed, over the first T-1 tasks",
+    "backward_transfer_clipped": "gains cut to 0, divided by T (the TRACE convention)",
+    "forgetting": "best earlier score minus last score",
+}
+
+
 def _square(R: Matrix) -> Matrix:
     R = np.asarray(R, dtype=np.float64)
     if R.ndim != 2 or R.shape[0] != R.shape[1] or R.shape[0] == 0:

@@ -16,8 +16,9 @@ from mora_jax.methods.method import Method
 class Dense(nn.Module):
     """y = x W (+ bias) (+ the method's update, where the collections `bank` and `fresh` hold this site's experts).
 
-    W is [d_in, d_out]. Without a bank this is a plain dense layer, so the frozen model costs nothing extra. When the
-    collection `stats` is mutable it receives `active`, the number of active experts per token ([...] of x, int32).
+    W is [d_in, d_out]. Without a bank this is a plain dense layer, so the frozen model costs nothing extra. Of a method
+    with gates two collections are filled where they are mutable: `stats` per token with the number of `active` experts
+    ([...] of x, int32) and the gate `mass` of each block of frozen experts ([..., blocks]); `gates` with all gates.
     """
 
     features: int
@@ -38,10 +39,18 @@ class Dense(nn.Module):
         fresh = None
         if self.has_variable("fresh", "keys"):
             fresh = {name: self.get_variable("fresh", name) for name in ("keys", "values")}
-        if self.is_mutable_collection("stats") and self.method.has_gates:
-            active = (gates.gates(x, bank, fresh, self.method) > gates.ACTIVE).sum(axis=-1, dtype=jnp.int32)
-            self.put_variable("stats", "active", active)
+        if self.method.has_gates:
+            self._report(x, bank, fresh)
         return y + gates.update(x, bank, fresh, self.method)
+
+    def _report(self, x, bank, fresh) -> None:
+        if self.is_mutable_collection("stats"):
+            g = gates.gates(x, bank, fresh, self.method)
+            frozen = g[..., : bank["keys"].shape[0]]
+            self.put_variable("stats", "active", (g > gates.ACTIVE).sum(axis=-1, dtype=jnp.int32))
+            self.put_variable("stats", "mass", gates.mass_by_block(frozen, self.method.rank))
+        if self.is_mutable_collection("gates"):
+            self.put_variable("gates", "gates", gates.gates(x, bank, fresh, self.method))
 
 
 class RMSNorm(nn.Module):

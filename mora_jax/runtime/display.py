@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mora_jax.metrics.continual import CONVENTIONS
+
 # Colours of R from poor to good, on a dark and on a light terminal: (at least so many percent, style).
 SHADES = ((80, "bold green"), (60, "green"), (40, "yellow"), (20, "dark_orange"), (0, "red"))
 
@@ -95,19 +97,9 @@ class Display:
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """The scores of `metrics.continual`, with their conventions."""
-        notes = {
-            "overall_performance": "mean of the last row",
-            "learned": "mean of the diagonal: what each task reached right after it was taught",
-            "average": "mean of all entries that exist",
-            "transfer": "tasks not taught yet",
-            "last": "the same number as overall_performance, under the name of the CLIP papers",
-            "backward_transfer": "signed, over the first T-1 tasks",
-            "backward_transfer_clipped": "gains cut to 0, divided by T (the TRACE convention)",
-            "forgetting": "best earlier score minus last score",
-        }
         table = Table(title="summary (percent)", title_justify="left", title_style="bold", show_header=False)
         for name, value in summary.items():
-            table.add_row(name, "-" if value is None else f"{value:.2f}", notes[name])
+            table.add_row(name, "-" if value is None else f"{value:.2f}", CONVENTIONS[name])
         self.console.print(table)
 
 

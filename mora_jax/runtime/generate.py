@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from mora_jax.data import text
-from mora_jax.models.decoder import Cache, Decoder
+from mora_jax.models.decoder import Cache, Decoder, causal_mask
 from mora_jax.models.tokenizer import Tokenizer
 from mora_jax.runtime.decoding import DECODING, Decoding, ruled
 from mora_jax.runtime.distributed import place_batch
 
 PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
+MAP_TOKENS = 96  # of a prompt in a gate map: more would not be legible
+SPECIAL = "⟨special⟩"  # stands in a gate map for a token without a text
 
 
 class GateCounts(NamedTuple):
-    """Sums over (prompt token, site): how many pairs there are, active experts, pairs without any."""
+    """Sums over (prompt token, site): how many pairs there are, active experts, pairs without any, gates by block."""
 
     pairs: int = 0
     active: int = 0
     none: int = 0
+    mass: tuple[float, ...] = ()  # of each block of experts that were trained together, in the order of the bank
 
     def __add__(self, other: GateCounts) -> GateCounts:
-        return GateCounts(*(a + b for a, b in zip(self, other, strict=True)))
+        mass = itertools.zip_longest(self.mass, other.mass, fillvalue=0.0)
+        counts = (a + b for a, b in zip(self[:3], other[:3], strict=True))
+        return GateCounts(*counts, tuple(a + b for a, b in mass))
+
+
+class GateMap(NamedTuple):
+    """The gates of one layer on one prompt: its tokens as text, and g [tokens, capacity] for each kind of site."""
+
+    tokens: list[str]
+    truncated: bool
+    layer: int
+    sites: dict[str, np.ndarray]
 
 
 class Generation(NamedTuple):
@@ -45,6 +61,7 @@ class Generator:
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding = DECODING["greedy"]):
         self.decoder, self.tokenizer, self.mesh, self.decoding = decoder, tokenizer, mesh, decoding
         self._run = jax.jit(self._generate, static_argnames="capacity")
+        self._map = jax.jit(self._collect)
 
     def __call__(
         self,
@@ -72,11 +89,29 @@ class Generator:
                 length[i] = len(row)
             batch = place_batch(self.mesh, {"tokens": tokens, "length": length})
             ids, counts = jax.device_get(self._run(variables, batch, jnp.int32(max_new_tokens), capacity=capacity))
-            gates += GateCounts(*map(int, counts))
+            *totals, mass = counts
+            gates += GateCounts(*map(int, totals), tuple(map(float, mass)))
             for i, row in zip(members, ids, strict=False):
                 texts[i] = self.tokenizer.decode(_until(row.tolist(), self.tokenizer.eos_id))
             after_batch(len(members))
         return Generation(texts, truncated, gates)
+
+    def gate_map(self, variables: Mapping[str, Any], prompt: str, max_prompt_tokens: int) -> GateMap:
+        """The gates of the middle layer on the end of one prompt; compiles once, for all prompts share one shape."""
+        (ids,), truncated = text.encode_prompts([prompt], self.tokenizer, min(max_prompt_tokens, MAP_TOKENS))
+        tokens = np.full((1, MAP_TOKENS), self.tokenizer.pad_id, np.int32)
+        tokens[0, : len(ids)] = ids
+        layer = self.decoder.config.layers // 2
+        found = jax.device_get(self._map(variables, place_batch(self.mesh, {"tokens": tokens}), layer))
+        sites = {"/".join(path[1:-1]): g[0, : len(ids)] for path, g in flatten_dict(found).items()}
+        spelling = [self.tokenizer.decode([token]) or SPECIAL for token in ids]
+        return GateMap(spelling, bool(truncated), layer, sites)
+
+    def _collect(self, variables, batch, layer):
+        tokens = batch["tokens"]
+        t = tokens.shape[1]
+        _, found = self.decoder.apply(variables, tokens, jnp.arange(t)[None], causal_mask(t), mutable=["gates"])
+        return jax.tree.map(lambda leaf: leaf[layer], found["gates"])
 
     def _generate(self, variables, batch, max_new, *, capacity: int):
         tokens, length = batch["tokens"], batch["length"]
@@ -121,14 +156,18 @@ class Generator:
 
 
 def _count(stats: Mapping, real) -> tuple:
-    """The three sums of `GateCounts` over the real tokens of all sites; `active` is [layers b t] at each site."""
+    """The sums of `GateCounts` over the real tokens of all sites; `active` is [layers b t], `mass` one block longer."""
     pairs = active = none = jnp.int32(0)
-    for leaf in jax.tree.leaves(stats):
+    masses = []
+    for path, leaf in flatten_dict(stats).items():
+        if path[-1] == "mass":
+            masses.append(jnp.sum(jnp.where(real[None, ..., None], leaf, 0.0), axis=(0, 1, 2)))
+            continue
         mask = jnp.broadcast_to(real[None], leaf.shape)
         pairs += jnp.sum(mask, dtype=jnp.int32)
         active += jnp.sum(jnp.where(mask, leaf, 0), dtype=jnp.int32)
         none += jnp.sum(mask & (leaf == 0), dtype=jnp.int32)
-    return pairs, active, none
+    return pairs, active, none, sum(masses) if masses else jnp.zeros(0)
 
 
 def _until(ids: list[int], stop: int) -> list[int]:

@@ -19,7 +19,7 @@ from mora_jax.models.decoder import Decoder, causal_mask
 from mora_jax.models.registry import DTYPES, LanguageModel
 from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.distributed import place
-from mora_jax.runtime.generate import Generation, Generator
+from mora_jax.runtime.generate import GateMap, Generation, Generator
 
 # Tokens allowed where neither the config nor the task says: the limits of the TRACE runs.
 PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
@@ -89,6 +89,10 @@ class LanguageFamily:
             pad_id=self.tokenizer.pad_id,
         )
         return text.pipeline(plan), len(plan), cut
+
+    def gate_map(self, variables: Mapping[str, Any], task: Task, prompt: str) -> GateMap:
+        """The gates on one prompt of a task."""
+        return self._generate.gate_map(variables, prompt, self.limits(task).prompt)
 
     def predict(
         self, variables: Mapping[str, Any], task: Task, prompts: Sequence[str], after_batch: Callable[[int], None]

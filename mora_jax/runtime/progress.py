@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mora_jax.metrics import continual
+from mora_jax.runtime.generate import GateCounts
 
 
 @dataclasses.dataclass
@@ -23,7 +24,7 @@ class Progress:
     zero_shot: list[float | None] = dataclasses.field(default_factory=list)
     zero_shot_lenient: list[float | None] = dataclasses.field(default_factory=list)
     R: list[list[float | None]] = dataclasses.field(default_factory=list)
-    gates: list[list[int]] = dataclasses.field(default_factory=list)  # per evaluated row: pairs, active, none
+    gates: list[list[list | None]] = dataclasses.field(default_factory=list)  # GateCounts of every entry of R
     truncated: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # task -> split -> prompts
     task_seconds: list[float] = dataclasses.field(default_factory=list)
     wall_seconds: float = 0.0
@@ -31,10 +32,10 @@ class Progress:
 
     def widen(self, tasks: int) -> None:
         """Makes room for all tasks of the stream; what has not been measured is None."""
-        for row in (self.zero_shot, self.zero_shot_lenient, *self.R):
+        for row in (self.zero_shot, self.zero_shot_lenient, *self.R, *self.gates):
             row.extend([None] * (tasks - len(row)))
-        self.R.extend([None] * tasks for _ in range(tasks - len(self.R)))
-        self.gates.extend([0, 0, 0] for _ in range(tasks - len(self.gates)))
+        for matrix in (self.R, self.gates):
+            matrix.extend([None] * tasks for _ in range(tasks - len(matrix)))
         self.task_seconds.extend([0.0] * (tasks - len(self.task_seconds)))
 
     def matrix(self) -> np.ndarray:
@@ -55,13 +56,18 @@ class Progress:
             return dict.fromkeys(continual.summary(np.ones((1, 1))))
         return continual.summary(self.matrix()[:taught, :taught])
 
+    def gate_row(self, row: int) -> dict[int, GateCounts]:
+        """What the gates did on each task that row `row` was evaluated on; empty where the method has none."""
+        counts = {i: GateCounts(*entry[:3], tuple(entry[3])) for i, entry in enumerate(self.gates[row]) if entry}
+        return {i: count for i, count in counts.items() if count.pairs}
+
     def gate_report(self) -> tuple[float | None, float | None]:
         """(mean active experts, share of none) per prompt token and site, over the newest evaluated row."""
-        rows = [row for row in self.gates if row[0]]
+        rows = [row for row in map(self.gate_row, range(len(self.gates))) if row]
         if not rows:
             return None, None
-        pairs, active, none = rows[-1]
-        return active / pairs, none / pairs
+        total = sum(rows[-1].values(), GateCounts())
+        return total.active / total.pairs, total.none / total.pairs
 
 
 class StopSignals:

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import mora_jax
 from mora_jax.benchmarks.stream import Task
 from mora_jax.methods import bank as banks
+from mora_jax.methods.gates import ACTIVE
 from mora_jax.methods.method import Method
 from mora_jax.runtime.display import Display
+from mora_jax.runtime.generate import GateCounts, GateMap
 from mora_jax.runtime.progress import Progress
 from mora_jax.runtime.state import count_parameters
-from mora_jax.runtime.writers import write_json
+from mora_jax.runtime.writers import row_name, write_json, write_lines
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "gguf")
 
@@ -101,12 +104,61 @@ class Results:
             **timing,
             "active_experts_mean": None if active is None else round(active, 4),
             "tokens_without_expert": None if none is None else round(none, 6),
+            "gates": self.gate_rows(progress),
             "prompts_truncated": sum(sum(splits.values()) for splits in progress.truncated.values()),
             "task_seconds": [round(s, 2) for s in progress.task_seconds],
             "wall_seconds": round(progress.wall_seconds, 2),
             "complete": complete,
         }
         write_json(self.path, content)
+
+    def gate_rows(self, progress: Progress) -> list[dict[str, Any]] | None:
+        """What the gates did, one entry per evaluated row of R; None where the method has no gates.
+
+        `mass` is the share of gate mass by task of origin, over prompt tokens and sites; `on` splits it by the task
+        that was asked.
+        """
+        if not self.method.has_gates:
+            return None
+        rows = []
+        for index, task in enumerate(self.names):
+            if not (counts := progress.gate_row(index)):
+                continue
+            origins = self.origins(index)
+            rows.append({
+                "task": task,
+                "experts_per_site": self.method.live_after(index),
+                **_gate_entry(sum(counts.values(), GateCounts()), origins),
+                "on": {self.names[i]: _gate_entry(count, origins) for i, count in counts.items()},
+            })  # fmt: skip
+        return rows
+
+    def origins(self, index: int) -> list[str]:
+        """Names of the tasks that trained each block of the bank after task `index`."""
+        return [" + ".join(self.names[t] for t in tasks) for tasks in self.method.origins(index)]
+
+    def write_gate_maps(self, maps: Mapping[str, GateMap]) -> None:
+        """gates/<row>.jsonl: for every task the gates of one of its prompts under the whole bank."""
+        index = len(self.names) - 1
+        live, origins = self.method.live_after(index), self.origins(index)
+        write_lines(
+            self.gate_map_path,
+            (
+                {
+                    "task": task,
+                    "layer": found.layer,
+                    "truncated": found.truncated,
+                    "tokens": found.tokens,
+                    "origins": [origins[expert // self.method.rank] for expert in range(live)],
+                    "sites": {site: _sparse(g[:, :live]) for site, g in found.sites.items()},
+                }
+                for task, found in maps.items()
+            ),
+        )
+
+    @property
+    def gate_map_path(self) -> Path:
+        return self.path.parent / "gates" / f"{row_name(len(self.names) - 1, self.names)}.jsonl"
 
     def conclude(self, p: Progress) -> None:
         """The tables a run ends with."""
@@ -125,6 +177,21 @@ class Results:
             self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
         seconds, traces = f"{p.wall_seconds:.0f} s in all", f"train step traced {p.train_traces}x"
         self.display.say(f"{self.path} written; {seconds}; {traces}")
+
+
+def _gate_entry(count: GateCounts, origins: Sequence[str]) -> dict[str, Any]:
+    total = sum(count.mass)
+    shares = zip(origins, count.mass, strict=False)  # the bank has room for more blocks than there are
+    return {
+        "active_experts_mean": round(count.active / count.pairs, 4),
+        "tokens_without_expert": round(count.none / count.pairs, 6),
+        "mass": {origin: round(mass / total, 6) for origin, mass in shares} if total else None,
+    }
+
+
+def _sparse(g: np.ndarray) -> list[tuple[int, int, float]]:
+    """(token, expert, gate) of the active experts."""
+    return [(int(t), int(i), round(float(g[t, i]), 4)) for t, i in zip(*np.nonzero(g > ACTIVE), strict=True)]
 
 
 def rounded(values: Iterable[float | None]) -> list[float | None]:

@@ -13,18 +13,26 @@ from typing import Any
 
 from mora_jax.errors import MoraError
 
+ZERO_SHOT_ROW = "00_zero_shot"
+
+
+def row_name(index: int, tasks: Sequence[str]) -> str:
+    """What the files of row `index` of R are called."""
+    return f"{index + 1:02d}_{tasks[index]}"
+
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, likewise whole or not at all."""
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with open(part, "w", encoding="utf-8") as file:
@@ -55,7 +63,7 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, restored_step: int, tensorboard: bool):
         self.path = workdir / "metrics.jsonl"
-        rows = [row for row in _read_lines(self.path) if row["step"] <= restored_step]
+        rows = [row for row in read_lines(self.path) if row["step"] <= restored_step]
         write_lines(self.path, rows)
         self._board = None
         if tensorboard:
@@ -79,7 +87,7 @@ class MetricsLog:
 
     def timing(self) -> dict[str, float | None]:
         """Medians over all steps but each process's first, which compiles."""
-        rows = [row for row in _read_lines(self.path) if not row["compiled"]]
+        rows = [row for row in read_lines(self.path) if not row["compiled"]]
         if not rows:
             return {"step_seconds_median": None, "tokens_per_second": None, "examples_per_second": None}
         seconds = sum(row["seconds"] for row in rows)
@@ -90,7 +98,7 @@ class MetricsLog:
         }
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; a last line that a kill cut short is dropped."""
     rows = []
     with contextlib.suppress(FileNotFoundError):

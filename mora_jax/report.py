@@ -1,0 +1,41 @@
+"""THE report binary: draws what a run left in its workdir, or several runs side by side, as one HTML file.
+
+    python -m mora_jax.report DIR [DIR ...] [--output=FILE]
+
+The file needs nothing else: no network, no other file. It shows the numbers of results.json and computes none anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mora_jax.errors import MoraError
+from mora_jax.reporting import page
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise MoraError(f"{message}; usage: python -m mora_jax.report DIR [DIR ...] [--output=FILE]")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 when drawn, 2 after an error that was told in one line."""
+    parser = _Parser(prog="python -m mora_jax.report", description=__doc__.splitlines()[0])
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", type=Path, help="the --workdir of a train run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html in DIR, for several in the current folder"
+    )
+    try:
+        arguments = parser.parse_args(argv)
+        print(f"{page.write(arguments.workdirs, arguments.output)} written")
+    except MoraError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
