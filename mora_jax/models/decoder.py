@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype, param_dtype=self.dtype)
         self.layers = nn.scan(
             body,
-            variable_axes={"params": 0, "bank": 0, "fresh": 0, "stats": 0},
+            variable_axes={"params": 0, "bank": 0, "fresh": 0, "stats": 0, "gates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,

@@ -17,7 +17,8 @@ class Dense(nn.Module):
     """y = x W (+ bias) (+ the method's update, where the collections `bank` and `fresh` hold this site's experts).
 
     W is [d_in, d_out]. Without a bank this is a plain dense layer, so the frozen model costs nothing extra. When the
-    collection `stats` is mutable it receives `active`, the number of active experts per token ([...] of x, int32).
+    collection `stats` is mutable it receives `active`, the number of active experts per token ([...] of x, int32), and
+    `gates`, where that is mutable, the gates themselves ([..., n], float32).
     """
 
     features: int
@@ -38,9 +39,13 @@ class Dense(nn.Module):
         fresh = None
         if self.has_variable("fresh", "keys"):
             fresh = {name: self.get_variable("fresh", name) for name in ("keys", "values")}
-        if self.is_mutable_collection("stats") and self.method.has_gates:
-            active = (gates.gates(x, bank, fresh, self.method) > gates.ACTIVE).sum(axis=-1, dtype=jnp.int32)
-            self.put_variable("stats", "active", active)
+        told = [name for name in ("stats", "gates") if self.is_mutable_collection(name)]
+        if told and self.method.has_gates:
+            g = gates.gates(x, bank, fresh, self.method)
+            if "stats" in told:
+                self.put_variable("stats", "active", (g > gates.ACTIVE).sum(axis=-1, dtype=jnp.int32))
+            if "gates" in told:
+                self.put_variable("gates", "gates", g)
         return y + gates.update(x, bank, fresh, self.method)
 
 

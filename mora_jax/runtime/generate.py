@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from mora_jax.data import text
-from mora_jax.models.decoder import Cache, Decoder
+from mora_jax.methods.gates import ACTIVE
+from mora_jax.models.decoder import Cache, Decoder, causal_mask
 from mora_jax.models.tokenizer import Tokenizer
 from mora_jax.runtime.distributed import place_batch
 
@@ -31,11 +33,24 @@ class GateCounts(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Texts in the order of the prompts, how many prompts were cut, and what the gates did on the prompts."""
+    """Texts in the order of the prompts, how many prompts were cut, and what the gates did on the prompts.
+
+    `tokens`: what each prompt and its answer are as ids, without the end of sequence.
+    """
 
     texts: list[str]
     truncated: int
     gates: GateCounts
+    tokens: tuple[tuple[int, ...], ...] = ()
+
+
+class GateShares(NamedTuple):
+    """Over the tokens and sites of one text: gate mass of each expert [n], active experts, pairs without any, pairs."""
+
+    mass: Float[np.ndarray, " n"]
+    active: int
+    none: int
+    pairs: int
 
 
 class Generator:
@@ -59,7 +74,7 @@ class Generator:
         encoded, truncated = text.encode_prompts(prompts, self.tokenizer, max_prompt_tokens)
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))  # alike lengths share a bucket
         capacity = text.bucket(max_new_tokens, ANSWER_BUCKET, 1 << 30)
-        texts, gates = [""] * len(encoded), GateCounts()
+        texts, gates, tokens_of = [""] * len(encoded), GateCounts(), [()] * len(encoded)
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             rows = [encoded[i] for i in members]
@@ -73,9 +88,10 @@ class Generator:
             ids, counts = jax.device_get(self._run(variables, batch, jnp.int32(max_new_tokens), capacity=capacity))
             gates += GateCounts(*map(int, counts))
             for i, row in zip(members, ids, strict=False):
-                texts[i] = self.tokenizer.decode(_until(row.tolist(), self.tokenizer.eos_id))
+                answer = _until(row.tolist(), self.tokenizer.eos_id)
+                texts[i], tokens_of[i] = self.tokenizer.decode(answer), (*encoded[i], *answer)
             after_batch(len(members))
-        return Generation(texts, truncated, gates)
+        return Generation(texts, truncated, gates, tuple(tokens_of))
 
     def _generate(self, variables, batch, max_new, *, capacity: int):
         tokens, length = batch["tokens"], batch["length"]
@@ -124,6 +140,31 @@ def _count(stats: Mapping, real) -> tuple:
         active += jnp.sum(jnp.where(mask, leaf, 0), dtype=jnp.int32)
         none += jnp.sum(mask & (leaf == 0), dtype=jnp.int32)
     return pairs, active, none
+
+
+def gate_shares(decoder: Decoder, variables: Mapping[str, Any], tokens: Sequence[int]) -> GateShares:
+    """Which experts answer in one text, prompt and answer alike. The method must have gates and `variables` a bank."""
+    width = text.bucket(len(tokens), PROMPT_BUCKET, 1 << 30)
+    padded = np.zeros((1, width), np.int32)
+    padded[0, : len(tokens)] = tokens
+    found = _gate_shares(decoder, variables, padded, np.int32(len(tokens)))
+    mass, *counts = jax.device_get(found)
+    return GateShares(np.asarray(mass, np.float64), *map(int, counts))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gate_shares(decoder: Decoder, variables, tokens, length):
+    t = tokens.shape[1]
+    _, told = decoder.apply(variables, tokens, jnp.arange(t)[None], causal_mask(t), mutable=["gates"])
+    real = jnp.arange(t) < length
+    mass, active, none = 0.0, jnp.int32(0), jnp.int32(0)
+    leaves = jax.tree.leaves(told["gates"])  # [layers 1 t n] at each site
+    for g in leaves:
+        mass += jnp.sum(jnp.where(real[None, None, :, None], g, 0.0), axis=(0, 1, 2))
+        count = jnp.sum(g > ACTIVE, axis=-1, dtype=jnp.int32)
+        active += jnp.sum(jnp.where(real[None, None], count, 0), dtype=jnp.int32)
+        none += jnp.sum(real[None, None] & (count == 0), dtype=jnp.int32)
+    return mass, active, none, length * sum(g.shape[0] for g in leaves)
 
 
 def _until(ids: list[int], stop: int) -> list[int]:
