@@ -29,7 +29,6 @@ from mora_jax.errors import MoraError
 from mora_jax.methods import gates
 from mora_jax.models import hf
 from mora_jax.models.decoder import Decoder, causal_mask
-from mora_jax.models.registry import load_model
 
 TASKS = ("colours", "digits", "shapes")
 LENGTH = 12
@@ -37,15 +36,16 @@ FAST = {"xla_backend_optimization_level": "0"}
 
 
 @functools.cache
-def family(method: str, **options: str) -> tuple[Any, ...]:
-    """(config, mesh, family, sites) of the tiny model; `scale` and the like are given as options of the method."""
-    config = configs.load(f"{CONFIG}:smoke,method={method}", {f"method.{key}": value for key, value in options.items()})
-    return config, *experiment.load_family(config, layouts.from_config(config.method))
+def base() -> tuple[Any, ...]:
+    """(mesh, family, sites) of the tiny model; every method here adapts the same sites."""
+    config = configs.load(f"{CONFIG}:smoke", {})
+    return experiment.load_family(config, layouts.from_config(config.method))
 
 
 def drawn(method: str, **options: str) -> Adapter:
-    """Three tasks of random experts, as large as the weights so that they decide the logits."""
-    config, _, model, sites = family(method, **options)
+    """Three tasks of random experts, as large as the weights so that they decide the logits; options of the method."""
+    values = {f"method.{key}": value for key, value in options.items()}
+    config, (_, model, sites) = configs.load(f"{CONFIG}:smoke,method={method}", values), base()
     empty = Adapter(config, model.identity, TASKS, {}, {"step": 9})
     rng = np.random.default_rng(0)
     rows = {
@@ -69,7 +69,8 @@ def text() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (2, LENGTH)).astype(np.int32)
 
 
-def logits(adapter: Adapter, model: Any, mesh: Any, sites: Any) -> np.ndarray:
+def logits(adapter: Adapter) -> np.ndarray:
+    mesh, model, sites = base()
     variables = {"params": model.params} | adapter.variables(mesh, sites, model.identity)
     return np.asarray(forward(model.decoder.clone(method=adapter.method), variables, text()))
 
@@ -93,13 +94,11 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     ],
 )
 def test_a_folder_gives_back_equal_logits(method: str, layout: str, tmp_path: Path) -> None:
-    adapter, (_, mesh, model, sites) = drawn(method), family(method)
+    adapter = drawn(method)
     layouts.save(adapter, tmp_path / "a", layout)
-    back = layouts.load(tmp_path / "a", {})
-    expected = logits(adapter, model, mesh, sites)
-    np.testing.assert_array_equal(logits(back, model, mesh, sites), expected)  # a scale of 2 moves no bit
-    nothing = np.asarray(forward(model.decoder, {"params": model.params}, text()))
-    assert np.abs(expected - nothing).max() > 0.1
+    back, expected = layouts.load(tmp_path / "a", {}), logits(adapter)
+    np.testing.assert_array_equal(logits(back), expected)  # a scale of 2 moves no bit
+    assert np.abs(expected - logits(adapter.after(-1))).max() > 0.1
     assert back.tasks == TASKS
     assert back.identity == adapter.identity
     assert back.config.method.scale == (1.0 if layout == "authors" else 2.0)
@@ -175,7 +174,7 @@ def renamed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_state_dicts_of_both_halves_are_read(
     change: Callable, suffix: str, main: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    adapter, (_, mesh, model, sites) = drawn("mora"), family("mora")
+    adapter = drawn("mora")
     layouts.save(adapter, tmp_path / "a", "authors")
     state, file = change(tensors_of(tmp_path / "a")), tmp_path / f"state{suffix}"
     if suffix == ".pt":
@@ -187,7 +186,7 @@ def test_state_dicts_of_both_halves_are_read(
     command = [f"--state_dict={file}", f"--config={CONFIG}:smoke", tasks, f"--to={tmp_path / 'b'}"]
     assert main(*command, of=export)[::2] == (0, "")
     back = layouts.load(tmp_path / "b", {})
-    np.testing.assert_array_equal(logits(back, model, mesh, sites), logits(adapter, model, mesh, sites))
+    np.testing.assert_array_equal(logits(back), logits(adapter))
     assert back.tasks == TASKS
 
 
@@ -209,18 +208,20 @@ def test_a_pickle_is_never_run(main: Callable[..., Ended], tmp_path: Path, monke
 # ---------------------------------------------------------------- PEFT
 
 
+# peft 0.21.2 asks transformers 5.23 by a name that the latter has given up.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", ["inc_lora", "seq_lora"])
 def test_peft_loads_the_folder_with_equal_logits(method: str, tmp_path: Path) -> None:
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
-    adapter, (config, mesh, model, sites) = drawn(method), family(method)
-    hf.save_params(jax.tree.map(np.asarray, model.params), load_model(config.model, 0).config, tmp_path / "base")
+    adapter, (_, model, _) = drawn(method), base()
+    hf.save_params(jax.tree.map(np.asarray, model.params), model.decoder.config, tmp_path / "base")
     layouts.save(adapter, tmp_path / "a", "peft")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    frozen = LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     with torch.no_grad():
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()(torch.from_numpy(text()).long()).logits
-    np.testing.assert_allclose(logits(adapter, model, mesh, sites), theirs.numpy(), rtol=1e-3, atol=2e-3)
+        theirs = peft.PeftModel.from_pretrained(frozen, tmp_path / "a").eval()(torch.from_numpy(text()).long()).logits
+    np.testing.assert_allclose(logits(adapter), theirs.numpy(), rtol=1e-3, atol=2e-3)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -255,7 +256,7 @@ def test_a_full_folder_and_an_empty_adapter_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_base_model_and_another_rank_are_named(tmp_path: Path) -> None:
-    adapter, (_, mesh, model, sites) = drawn("mora"), family("mora")
+    adapter, (mesh, model, sites) = drawn("mora"), base()
     with pytest.raises(MoraError, match=r"wrong base model: .*'random, seed 0'.*these are 'another'"):
         adapter.variables(mesh, sites, "another")
     wide = {path: site._replace(d_in=site.d_in + 1) for path, site in sites.items()}
