@@ -18,7 +18,7 @@ from mora_jax import experiment
 from mora_jax.adapter import Adapter
 from mora_jax.benchmarks.stream import Task
 from mora_jax.errors import exit_code
-from mora_jax.layouts import open_adapter, task_number
+from mora_jax.layouts import every_state, open_adapter, task_number
 from mora_jax.runtime.display import Display
 from mora_jax.runtime.generate import GateCounts
 from mora_jax.runtime.results import device, rounded, versions
@@ -83,16 +83,15 @@ def run(argv: Sequence[str]) -> None:
     overrides, display = other_benchmark(given), Display()
     every = options.get("task") == "all"
     newest = open_adapter(options, overrides, None if every else task_number(options.get("task")))
+    states = every_state(newest, options, overrides) if every else [newest]
     config, own = newest.config, not set(OTHER_TASKS) & given.keys()
     tasks = experiment.load_tasks(config)
     for task in tasks:  # a missing split is known before any work
         task.split(config.eval.split)
     experiment.keep_compiled()
     mesh, family, sites = experiment.load_family(config, newest.method)
-    newest.variables(mesh, sites, family.identity)
     rows = []
-    for row in range(-1, len(newest.tasks)) if every else [len(newest.tasks) - 1]:
-        adapter = open_adapter(options, overrides, row) if every else newest
+    for adapter in states:
         bank = adapter.variables(mesh, sites, family.identity)
         rows.append(evaluate_row(adapter, tasks, family, bank, display, own))
     where = Path(options.get("workdir") or options["adapter"])

@@ -29,12 +29,16 @@ OPTIONS = ("workdir", "adapter", "task", "prompt", "config.KEY")
 
 def prompts_of(options: dict[str, str]) -> list[str]:
     """What to answer. Raises MoraError if there is nothing."""
-    if "prompt" in options:
-        return [options["prompt"]]
-    lines = [line.replace("\\n", "\n") for line in sys.stdin.read().splitlines() if line]
-    if not lines:
+    try:
+        if "prompt" in options:
+            options["prompt"].encode()  # what the shell passed on was perhaps not UTF-8
+            return [options["prompt"]]
+        lines = sys.stdin.read().split("\n")
+    except UnicodeError as problem:
+        raise MoraError(f"the prompt is not UTF-8 text: {problem.reason} at {problem.start}") from None
+    if not any(lines):
         raise MoraError('there is no prompt; give --prompt="..." or one prompt a line on the standard input')
-    return lines
+    return [line.replace("\\n", "\n") for line in lines if line]
 
 
 def shares_by_task(adapter: Adapter, found: GateShares) -> dict[str, float]:
@@ -75,6 +79,8 @@ def run(argv: Sequence[str]) -> None:
         print(text if "prompt" in options else text.replace("\n", "\\n"), flush=True)
         if not adapter.tasks:
             note = "no experts: this is the frozen model"
+        elif not tokens:
+            note = "no token was read or written, so no expert was asked"
         elif not method.has_gates:
             note = f"method {config.method.name} has no gates: all {adapter.experts} experts answer every token"
         else:

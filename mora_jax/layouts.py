@@ -21,6 +21,7 @@ import mora_jax
 from mora_jax import config as configs
 from mora_jax.adapter import CHANGEABLE, Adapter, Rows, from_workdir
 from mora_jax.errors import MoraError, unknown
+from mora_jax.methods.boundaries import BOUNDARIES
 from mora_jax.methods.method import from_config
 from mora_jax.models.hf import read_json
 from mora_jax.models.keytable import dense_modules
@@ -268,11 +269,15 @@ def load(folder: Path, overrides: Mapping[str, str]) -> Adapter:
         raise MoraError(f"{files[0]} is not of the format {FORMAT!r}; legal: a folder of python -m mora_jax.export")
     if said["layout"] not in LAYOUTS:
         raise unknown(f"layout in {files[0]}", said["layout"], LAYOUTS)
-    model = dict(said["base_model"])
-    identity = model.pop("identity")
-    config = configs.restore(said["run"] | {"method": said["method"], "model": model}, files[0], overrides, CHANGEABLE)
+    try:
+        model = dict(said["base_model"])
+        identity, tasks = model.pop("identity"), tuple(task["name"] for task in said["tasks"])
+        saved = said["run"] | {"method": said["method"], "model": model}
+        config = configs.restore(saved, files[0], overrides, CHANGEABLE)
+    except (KeyError, TypeError, ValueError) as problem:  # edited by hand
+        raise MoraError(f"{files[0]} is damaged: {type(problem).__name__} {problem}; export again") from None
     rows = LAYOUTS[said["layout"]].read(_read_safetensors(folder / TENSORS), folder / TENSORS)
-    return _checked(Adapter(config, identity, tuple(t["name"] for t in said["tasks"]), rows, said["origin"]), folder)
+    return _checked(Adapter(config, identity, tasks, rows, said["origin"]), folder)
 
 
 def load_state_dict(path: Path, config: Any) -> Adapter:
@@ -337,6 +342,14 @@ def open_adapter(options: Mapping[str, str], overrides: Mapping[str, str], task:
         return from_workdir(Path(options["workdir"]), task, overrides)
     adapter = load(Path(options["adapter"]), overrides)
     return adapter if task is None else adapter.after(task)
+
+
+def every_state(newest: Adapter, options: Mapping[str, str], overrides: Mapping[str, str]) -> list[Adapter]:
+    """`newest` as it stood before its first task and after each of them; arguments as for `open_adapter`."""
+    known = range(-1, len(newest.tasks))
+    if BOUNDARIES[newest.method.boundary].lasting:
+        return [newest.after(task) for task in known]
+    return [open_adapter(options, overrides, task) for task in known]
 
 
 def task_number(text: str | None) -> int | None:
