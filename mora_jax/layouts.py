@@ -226,7 +226,7 @@ def save(adapter: Adapter, folder: Path, layout: str) -> None:
     adapter = _folded(adapter) if kind.fold else adapter
     tensors = {name: np.ascontiguousarray(t, np.float32) for name, t in kind.tensors(adapter).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))  # save_file's is 0600
     if kind.config:
         write_json(folder / DESCRIPTION, kind.config(adapter))
     write_json(folder / (BESIDE if kind.config else DESCRIPTION), _described(adapter, layout))
