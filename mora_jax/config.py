@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from mora_jax.errors import MoraError, unknown
@@ -69,29 +70,33 @@ class Invocation:
 
 def parse(argv: Sequence[str]) -> Invocation:
     """Reads the command line. Raises MoraError; the config that comes back has been validated."""
-    options, overrides = _split(argv)
+    options, overrides = split(argv, ("config", "config.KEY", "workdir"), flags=("list",))
     if "list" in options:
         return Invocation(None, None)
-    for name in ("config", "workdir"):
-        if not options.get(name):
-            raise MoraError(f"--{name} is missing; usage: {USAGE.splitlines()[0]}")
+    require(options, ("config", "workdir"), USAGE)
     config = load(options["config"], overrides)
     return Invocation(config, Path(options["workdir"]))
 
 
-def _split(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Options by name and config overrides by key; both `--name=value` and `--name value` are read."""
+def split(
+    argv: Sequence[str], known: Sequence[str], flags: Sequence[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Options by name and config overrides by key; both `--name=value` and `--name value` are read.
+
+    `known` are the options with a value (config.KEY stands for all keys), `flags` those without; else MoraError.
+    """
     options: dict[str, str] = {}
     overrides: dict[str, str] = {}
     words = list(argv)
     while words:
         flag, equals, value = words.pop(0).partition("=")
         name = flag.removeprefix("--")
-        if flag == "--list":
+        if name != flag and name in flags and not equals:
             options[name] = "yes"
             continue
-        if name == flag or (name not in ("config", "workdir") and not name.startswith("config.")):
-            raise MoraError(f"{flag} is not understood; legal: --config, --config.KEY, --workdir, --list, --help")
+        if name == flag or ("config.KEY" if name.startswith("config.") else name) not in known:
+            legal = ", ".join(f"--{name}" for name in (*known, *flags, "help"))
+            raise MoraError(f"{flag} is not understood; legal: {legal}")
         if not equals:
             if not words or words[0].startswith("--"):
                 raise MoraError(f"{flag} needs a value: {flag}=...")
@@ -99,6 +104,13 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         target = overrides if name.startswith("config.") else options
         target[name.removeprefix("config.")] = value
     return options, overrides
+
+
+def require(options: Mapping[str, str], needed: Sequence[str], usage: str) -> None:
+    """MoraError with the first line of `usage` if one of the `needed` options is absent or empty."""
+    for name in needed:
+        if not options.get(name):
+            raise MoraError(f"--{name} is missing; usage: {usage.splitlines()[0]}")
 
 
 def load(source: str, overrides: Mapping[str, str]) -> ConfigDict:
@@ -109,6 +121,27 @@ def load(source: str, overrides: Mapping[str, str]) -> ConfigDict:
         f"{key}={overrides[f'{key}.name']}" for key in ("benchmark", "model", "method") if f"{key}.name" in overrides
     ]
     config = _run(Path(file), ",".join(filter(None, [arg, *names])))
+    for key, value in overrides.items():
+        _override(config, key, value)
+    validate(config)
+    config.lock()
+    return config
+
+
+def restore(saved: Mapping[str, Any], source: object, overrides: Mapping[str, str], legal: Sequence[str]) -> ConfigDict:
+    """The config that a run stored as JSON, with overrides applied to keys that begin with one of `legal`.
+
+    Raises MoraError for an override elsewhere, which would speak of another run, and for a config of another version.
+    """
+    for key in overrides:
+        if not key.startswith(tuple(legal)):
+            raise MoraError(
+                f"--config.{key} cannot be changed after training; legal: {', '.join(f'config.{k}' for k in legal)}"
+            )
+    flat = {key: tuple(v) if isinstance(v, list) else v for key, v in flatten(saved).items()}
+    if missing := RULES.keys() - flat.keys():
+        raise MoraError(f"the config in {source} is of another version: it has no key {min(missing)}")
+    config = ConfigDict(unflatten_dict(flat, sep="."))
     for key, value in overrides.items():
         _override(config, key, value)
     validate(config)

@@ -6,7 +6,8 @@ print that text as one line and exit with a non-zero code. Any other exception i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 
 class MoraError(Exception):
@@ -19,3 +20,17 @@ class MoraError(Exception):
 def unknown(kind: str, name: object, known: Iterable[str]) -> MoraError:
     """The error for a name that is in no table, with every name that is."""
     return MoraError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}")
+
+
+def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Runs a binary: 0 when done, 2 after an error of the user or of the disk, which is told in one line on stderr."""
+    try:
+        run(argv)
+    except MoraError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        named = problem.filename or "the workdir"
+        print(f"error: {named}: {problem.strerror}; what was saved before is kept", file=sys.stderr)
+        return 2
+    return 0

@@ -9,11 +9,11 @@ family for batches, a loss and predictions, the method for what is trained, and 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,20 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax import config as configs
+from mora_jax import experiment
 from mora_jax.benchmarks import stream
-from mora_jax.data import packages
-from mora_jax.errors import MoraError
+from mora_jax.errors import MoraError, exit_code
 from mora_jax.methods import bank as banks
 from mora_jax.methods import boundaries
 from mora_jax.methods.method import from_config
 from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS, metric
-from mora_jax.models.registry import MODELS, load_model
+from mora_jax.models.registry import MODELS
 from mora_jax.reporting import page
 from mora_jax.runtime import distributed
 from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.display import Display
 from mora_jax.runtime.generate import GateCounts
-from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.progress import Progress, Stopped, StopSignals
 from mora_jax.runtime.results import Results
@@ -53,15 +52,7 @@ class Run:
         self.display, self.signals, self.started = Display(), StopSignals(), time.monotonic()
 
         # ---------------------------------------------------------------- tasks, method, model
-        c = config.benchmark
-        loaded = stream.load(
-            c.name,
-            c.root,
-            configs.names(c.tasks),
-            metrics=configs.pairs("benchmark.metrics", c.metrics),
-            split_seed=c.split_seed,
-        )
-        self.tasks = [task.limited(c.train_limit, c.eval_limit) for task in loaded]
+        self.tasks = experiment.load_tasks(config)
         self.names = [task.name for task in self.tasks]
         self.lengths = configs.lengths(config, self.names, {task.name: task.epochs for task in self.tasks})
         self.method = from_config(config.method, config.kernel)
@@ -72,9 +63,7 @@ class Run:
                     f"task {task.name} has {len(task.split('train'))} training records, "
                     f"fewer than one batch of train.batch_size={config.train.batch_size}"
                 )
-        self.mesh = distributed.make_mesh(config.mesh)
-        self.family = LanguageFamily(load_model(config.model, config.seed), self.method, config, self.mesh)
-        self.sites = banks.find_sites(self.family.params, self.family.site_kinds, self.method)
+        self.mesh, self.family, self.sites = experiment.load_family(config, self.method)
 
         # ---------------------------------------------------------------- what is trained, and how
         self.optimizer = make_optimizer(config.train)
@@ -166,6 +155,7 @@ class Run:
             "task": p.task,
             "phase": phase,
             "capacity": banks.capacity_of(self.bank),
+            "config": self.config.to_dict(),
             "fingerprint": self.fingerprint,
             "stream": self.stream_record(),
             "random": f"every draw comes from seed {self.config.seed} and the task's number; there is no running state",
@@ -236,14 +226,13 @@ class Run:
         task, split = self.tasks[index], self.config.eval.split
         examples = task.split(split)
         variables = {"params": self.family.params} | ({"bank": self.bank} if self.method.trains else {})
-        with self.display.progress(f"  {row} -> {task.name}", "examples", len(examples)) as advance:
 
-            def after_batch(n: int) -> None:
-                advance(n, "")
-                if self.signals.received is not None:
-                    raise Stopped
+        def check() -> None:
+            if self.signals.received is not None:
+                raise Stopped
 
-            answer = self.family.predict(variables, task, [e.prompt for e in examples], after_batch)
+        title = f"  {row} -> {task.name}"
+        answer, percent, lenient = experiment.evaluate(self.family, variables, task, split, self.display, title, check)
         self.progress.truncated.setdefault(task.name, {})[split] = answer.truncated
         scorer = metric(task.metric)
         write_lines(
@@ -258,7 +247,6 @@ class Run:
                 for e, text in zip(examples, answer.texts, strict=True)
             ),
         )
-        percent, lenient = (task.score(answer.texts, split, lenient=flag) for flag in (False, True))
         self.log.write_score(f"{task.name}", percent, self.progress.step)
         return percent, lenient, answer.gates
 
@@ -340,7 +328,7 @@ def print_known() -> None:
     })  # fmt: skip
 
 
-def run(argv: list[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Everything but the handling of errors."""
     if {"-h", "--help"} & set(argv):
         print(configs.USAGE)
@@ -349,9 +337,7 @@ def run(argv: list[str]) -> None:
     if invocation.config is None:
         print_known()
         return
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(packages.cache_dir() / "xla")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    experiment.keep_compiled()
     command = shlex.join(["python", "-m", "mora_jax.train", *argv])
     with locked(invocation.workdir):
         Run(invocation.config, invocation.workdir, command).teach()
@@ -360,19 +346,10 @@ def run(argv: list[str]) -> None:
 def main() -> int:
     """The exit code: 0 when done or stopped as asked, 2 after an error that was told in one line."""
     try:
-        run(sys.argv[1:])
-    except MoraError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except OSError as problem:
-        print(
-            f"error: {problem.filename or 'the workdir'}: {problem.strerror}; what was saved before is kept",
-            file=sys.stderr,
-        )
-        return 2
+        return exit_code(run, sys.argv[1:])
     except Stopped:
         print("stopped as asked; the same command resumes", flush=True)
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

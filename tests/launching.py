@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -67,17 +68,17 @@ def binary(environment: dict[str, str]) -> Callable[..., Ended]:
 def main(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Ended]]:
-    """Runs the binary's `main` in this process, which saves the imports."""
+    """Runs a binary's `main` in this process, which saves the imports."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", environment["JAX_COMPILATION_CACHE_DIR"])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()  # which otherwise keeps to the folder it was first used with
 
-    def run(*argv: str) -> Ended:
+    def run(*argv: str, of: ModuleType = train) -> Ended:
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-        return Ended(train.main(), *capfd.readouterr())
+        monkeypatch.setattr(sys, "argv", [of.__name__, *argv])
+        return Ended(of.main(), *capfd.readouterr())
 
     yield run
     for number, handler in handlers.items():
@@ -99,6 +100,26 @@ def data(tmp_path: Path) -> Path:
     for task, words in TASKS.items():
         write_task(tmp_path / "data" / task, words)
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def taught(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The workdir of a finished run of a method over two tasks, made once; large steps, so that it learns something."""
+    folder = tmp_path_factory.mktemp("taught")
+    for task, words in TASKS.items():
+        write_task(folder / "data" / task, words)
+
+    @functools.cache
+    def run(method: str) -> Path:
+        config = f"--config={CONFIG}:smoke,benchmark=folder,method={method}"
+        values = {"benchmark.root": folder / "data", "benchmark.metrics": "colours=fuzzy,digits=fuzzy"}
+        values |= {"train.learning_rate": 0.1, "train.steps_per_task": 10}
+        options = [f"--config.{key}={value}" for key, value in values.items()]
+        command = [*BINARY, config, f"--workdir={folder / method}", *options]
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=SECONDS, check=True)
+        return folder / method
+
+    return run
 
 
 @pytest.fixture

@@ -25,17 +25,21 @@ def _last_block(method: Method, sites: banks.Sites, bank: Mapping, seed: int, ta
 
 
 class Boundary(NamedTuple):
-    """`blocks(task)`: blocks of `rank` experts in the bank after that task; `open`: what the next task trains."""
+    """`blocks(task)`: blocks of `rank` experts in the bank after that task; `open`: what the next task trains.
+
+    `lasting`: no later task changes a row, so that the bank after any task is the first rows of every later bank.
+    """
 
     blocks: Callable[[int], int]
     open: Callable[..., tuple[dict, dict]]
+    lasting: bool
 
 
 BOUNDARIES: Mapping[str, Boundary] = {
     # old experts stay as they are, each task adds its own
-    "append": Boundary(blocks=lambda task: task + 1, open=_new_block),
+    "append": Boundary(blocks=lambda task: task + 1, open=_new_block, lasting=True),
     # one block is trained on through all tasks
-    "continue": Boundary(blocks=lambda task: min(task + 1, 1), open=_last_block),
+    "continue": Boundary(blocks=lambda task: min(task + 1, 1), open=_last_block, lasting=False),
 }
 
 

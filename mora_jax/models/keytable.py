@@ -95,6 +95,12 @@ def rows(config: DecoderConfig) -> list[Row]:
     return [row for row in TABLE if row.present(config)]
 
 
+def dense_modules() -> dict[tuple[str, ...], str]:
+    """Our path of every dense layer inside `layers`, with its module name in Hugging Face models, {layer} left open."""
+    kernels = [row for row in TABLE if _stacked(row) and row.ours.endswith("/kernel")]
+    return {tuple(row.ours.split("/")[:-1]): row.hf.removesuffix(".weight") for row in kernels}
+
+
 def param_shape(row: Row, config: DecoderConfig) -> tuple[int, ...]:
     """The shape of a row in our parameters, with the leading [layers] axis where it is stacked."""
     shape = _layer_shape(row, config)

@@ -19,6 +19,7 @@ from typing import Any
 
 import absl.logging
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mora_jax.errors import MoraError
@@ -103,12 +104,41 @@ class Checkpoints:
         for folder in self.folder.glob("*/"):
             if not (folder / MANIFEST).exists():  # a save or a removal that was cut short
                 shutil.rmtree(folder)
+        found = self._newest_intact(lambda task, phase: True)
+        if found is None:
+            return None
+        folder, meta = found
+        return meta, self._orbax.restore(folder.absolute() / "arrays", target(meta))
+
+    def read(self, wanted: Callable[[int, str], bool] = lambda task, phase: True) -> tuple[dict[str, Any], Any] | None:
+        """(meta, numpy arrays) of the newest intact checkpoint with `wanted(task, phase)`, task from 0; None without.
+
+        Changes nothing on the disk, so the workdir may belong to a run that goes on. Errors as for `restore`.
+        """
+        found = self._newest_intact(wanted)
+        if found is None:
+            return None
+        folder, meta = found
+        with ocp.PyTreeCheckpointer() as reader:
+            path = folder.absolute() / "arrays"
+            described = reader.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
+            return meta, reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+    def _newest_intact(self, wanted: Callable[[int, str], bool]) -> tuple[Path, dict[str, Any]] | None:
         damaged = []
         for folder in self.finished():
-            damage = _damage(folder)
+            _, task, _, phase = folder.name.split("-")
+            if not wanted(int(task) - 1, phase):
+                continue
+            try:
+                damage = _damage(folder)
+            except FileNotFoundError:
+                if folder.exists():
+                    raise
+                continue  # removed meanwhile by the run that owns this workdir, which has saved a newer one
             if damage is None:
-                meta = json.loads((folder / "meta.json").read_text())
-                return meta, self._orbax.restore(folder.absolute() / "arrays", target(meta))
+                return folder, json.loads((folder / "meta.json").read_text())
             print(f"checkpoint {folder.name} is damaged and passed over: {damage}", file=sys.stderr, flush=True)
             damaged.append(folder.name)
         if damaged:

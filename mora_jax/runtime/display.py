@@ -81,6 +81,16 @@ class Display:
                 table.add_row(escape(name), *map(_shade, row))
         self.console.print(table)
 
+    def scores(self, tasks: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
+        """Percent on each task (column), a row for each state of the bank."""
+        table = Table(title="percent on each task after ...", title_justify="left", title_style="bold")
+        table.add_column("after")
+        for name in tasks:
+            table.add_column(escape(name), justify="right")
+        for name, row in rows.items():
+            table.add_row(escape(name), *map(_shade, row))
+        self.console.print(table)
+
     def gains(
         self, tasks: Sequence[str], final: Sequence[float | None], baselines: Mapping[str, Sequence[float | None]]
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,11 +49,15 @@ class GateMap(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Texts in the order of the prompts, how many prompts were cut, and what the gates did on the prompts."""
+    """Texts in the order of the prompts, how many prompts were cut, and what the gates did on the prompts.
+
+    `tokens`: what each prompt and its answer are as ids, without the end of sequence.
+    """
 
     texts: list[str]
     truncated: int
     gates: GateCounts
+    tokens: tuple[tuple[int, ...], ...] = ()
 
 
 class Generator:
@@ -77,7 +82,7 @@ class Generator:
         encoded, truncated = text.encode_prompts(prompts, self.tokenizer, max_prompt_tokens)
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))  # alike lengths share a bucket
         capacity = text.bucket(max_new_tokens, ANSWER_BUCKET, 1 << 30)
-        texts, gates = [""] * len(encoded), GateCounts()
+        texts, gates, tokens_of = [""] * len(encoded), GateCounts(), [()] * len(encoded)
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             rows = [encoded[i] for i in members]
@@ -92,9 +97,10 @@ class Generator:
             *totals, mass = counts
             gates += GateCounts(*map(int, totals), tuple(map(float, mass)))
             for i, row in zip(members, ids, strict=False):
-                texts[i] = self.tokenizer.decode(_until(row.tolist(), self.tokenizer.eos_id))
+                answer = _until(row.tolist(), self.tokenizer.eos_id)
+                texts[i], tokens_of[i] = self.tokenizer.decode(answer), (*encoded[i], *answer)
             after_batch(len(members))
-        return Generation(texts, truncated, gates)
+        return Generation(texts, truncated, gates, tuple(tokens_of))
 
     def gate_map(self, variables: Mapping[str, Any], prompt: str, max_prompt_tokens: int) -> GateMap:
         """The gates of the middle layer on the end of one prompt; compiles once, for all prompts share one shape."""
@@ -168,6 +174,22 @@ def _count(stats: Mapping, real) -> tuple:
         active += jnp.sum(jnp.where(mask, leaf, 0), dtype=jnp.int32)
         none += jnp.sum(mask & (leaf == 0), dtype=jnp.int32)
     return pairs, active, none, sum(masses) if masses else jnp.zeros(0)
+
+
+def gate_counts(decoder: Decoder, variables: Mapping[str, Any], tokens: Sequence[int]) -> GateCounts:
+    """What the gates do in one text, prompt and answer alike. The method must have gates and `variables` a bank."""
+    width = text.bucket(len(tokens), PROMPT_BUCKET, 1 << 30)
+    padded = np.zeros((1, width), np.int32)
+    padded[0, : len(tokens)] = tokens
+    *totals, mass = jax.device_get(_gate_counts(decoder, variables, padded, np.int32(len(tokens))))
+    return GateCounts(*map(int, totals), tuple(map(float, mass)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gate_counts(decoder: Decoder, variables, tokens, length):
+    t = tokens.shape[1]
+    _, told = decoder.apply(variables, tokens, jnp.arange(t)[None], causal_mask(t), mutable=["stats"])
+    return _count(told["stats"], (jnp.arange(t) < length)[None])
 
 
 def _until(ids: list[int], stop: int) -> list[int]:

@@ -1,0 +1,126 @@
+"""Scores of what a run has learned so far, on its own benchmark or on another one.
+
+    python -m mora_jax.evaluate --workdir=DIR [--task=N|-1|all] [--config.benchmark.KEY=VALUE ...] [--output=FILE]
+
+The run may be finished or going on; nothing in its workdir changes but the output.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mora_jax import config as configs
+from mora_jax import experiment
+from mora_jax.adapter import Adapter
+from mora_jax.benchmarks.stream import Task
+from mora_jax.errors import exit_code
+from mora_jax.layouts import every_state, open_adapter, task_number
+from mora_jax.runtime.display import Display
+from mora_jax.runtime.generate import GateCounts
+from mora_jax.runtime.results import device, rounded, versions
+from mora_jax.runtime.writers import write_json
+
+USAGE = """\
+python -m mora_jax.evaluate --workdir=DIR [--task=N|-1|all] [--config.KEY=VALUE ...] [--output=FILE]
+python -m mora_jax.evaluate --adapter=FOLDER [...]
+
+--task=N evaluates the experts as they stood after task N, counted from 0 in the order of the stream; -1 is the frozen
+model before the first task, all is every one of them; without it, the last task that has been frozen. On the run's
+own benchmark tasks that were not yet taught are left out, as in R, unless --config.eval.future_tasks=true; another one
+(--config.benchmark.name, .root or .tasks) is evaluated whole. FILE is evaluate.json in DIR or FOLDER."""
+OPTIONS = ("workdir", "adapter", "task", "output", "config.KEY")
+OTHER_TASKS = ("benchmark.name", "benchmark.root", "benchmark.tasks")
+
+
+def other_benchmark(overrides: Mapping[str, str]) -> dict[str, str]:
+    """The overrides, and no task of the run's own benchmark where another benchmark is named."""
+    own = {"benchmark.tasks": "", "benchmark.metrics": ""} if "benchmark.name" in overrides else {}
+    return own | dict(overrides)
+
+
+def evaluate_row(
+    adapter: Adapter, tasks: Sequence[Task], family: Any, bank: Mapping[str, Any], display: Display, own: bool
+) -> dict[str, Any]:
+    """One row: percent on each task, None where `own` and not taught by then; what the gates did."""
+    last, split, counts, truncated = len(adapter.tasks) - 1, adapter.config.eval.split, GateCounts(), 0
+    title = f"after {adapter.tasks[last]}" if adapter.tasks else "frozen model"
+    strict: list[float | None] = []
+    lenient: list[float | None] = []
+    for task in tasks:
+        if own and adapter.tasks and task.name not in adapter.tasks and not adapter.config.eval.future_tasks:
+            strict.append(None)
+            lenient.append(None)
+            continue
+        variables = {"params": family.params} | bank
+        answer, *scores = experiment.evaluate(family, variables, task, split, display, f"  {title} -> {task.name}")
+        strict.append(scores[0])
+        lenient.append(scores[1])
+        counts, truncated = counts + answer.gates, truncated + answer.truncated
+    gated = adapter.tasks and counts.pairs
+    return {
+        "task": last,
+        "name": adapter.tasks[last] if adapter.tasks else "zero-shot",
+        "experts_per_site": adapter.experts,
+        "scores": rounded(strict),
+        "lenient": rounded(lenient),
+        "active_experts_mean": round(counts.active / counts.pairs, 4) if gated else None,
+        "tokens_without_expert": round(counts.none / counts.pairs, 6) if gated else None,
+        "prompts_truncated": truncated,
+        "origin": dict(adapter.origin),
+    }
+
+
+def run(argv: Sequence[str]) -> None:
+    """Everything but the handling of errors."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return
+    options, given = configs.split(argv, OPTIONS)
+    overrides, display = other_benchmark(given), Display()
+    every = options.get("task") == "all"
+    newest = open_adapter(options, overrides, None if every else task_number(options.get("task")))
+    states = every_state(newest, options, overrides) if every else [newest]
+    config, own = newest.config, not set(OTHER_TASKS) & given.keys()
+    tasks = experiment.load_tasks(config)
+    for task in tasks:  # a missing split is known before any work
+        task.split(config.eval.split)
+    experiment.keep_compiled()
+    mesh, family, sites = experiment.load_family(config, newest.method)
+    rows = []
+    for adapter in states:
+        bank = adapter.variables(mesh, sites, family.identity)
+        rows.append(evaluate_row(adapter, tasks, family, bank, display, own))
+    where = Path(options.get("workdir") or options["adapter"])
+    path = Path(options.get("output") or where / "evaluate.json")
+    content = {
+        "benchmark": config.benchmark.name,
+        "tasks": [task.name for task in tasks],
+        "metric": [task.metric for task in tasks],
+        "taught": list(newest.tasks),
+        "rows": rows,
+        "method": config.method.name,
+        "model": config.model.name,
+        "weights": family.identity,
+        "seed": config.seed,
+        "config": config.to_dict(),
+        "versions": versions(),
+        "eval_examples": [len(task.split(config.eval.split)) for task in tasks],
+        "device": device(),
+        "command": shlex.join(["python", "-m", "mora_jax.evaluate", *argv]),
+    }
+    write_json(path, content)
+    display.scores(content["tasks"], {row["name"]: row["scores"] for row in rows})
+    display.say(f"{path} written")
+
+
+def main() -> int:
+    """The exit code: 0 when done, 2 after an error that was told in one line."""
+    return exit_code(run, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
