@@ -17,7 +17,7 @@ from mora_jax import config as configs
 from mora_jax.errors import MoraError
 from mora_jax.models.decoder import Decoder
 from mora_jax.runtime.decoding import DECODING, Decoding, ruled
-from mora_jax.runtime.distributed import AXES
+from mora_jax.runtime.distributed import AXES, make_mesh
 from mora_jax.runtime.generate import Generator
 
 torch = pytest.importorskip("torch")
@@ -101,6 +101,12 @@ def test_the_rules_act_on_these_prompts(mesh: Mesh) -> None:
     assert plain != moram
     assert sum(map(repeats, PROMPTS, plain)) > 0
     assert sum(map(repeats, PROMPTS, moram)) == 0
+
+
+def test_the_mesh_does_not_matter(mesh: Mesh) -> None:
+    """Rows cut over four devices, of which some have rows that only fill up the batch."""
+    many = make_mesh(dict(zip(AXES, (4, 1, 2), strict=True)))
+    assert generated(many, MORAM) == generated(mesh, MORAM)
 
 
 @pytest.mark.parametrize("decoding", [MORAM, Decoding(0.7, 1), Decoding(1.5, 4)], ids=str)
