@@ -82,11 +82,11 @@ def _from_ours(tensors: Tensors, source: object) -> Rows:
 
 def _layers(adapter: Adapter, frozen: tuple[str, str], fresh: tuple[str, str] | None, prefix: str = "") -> Tensors:
     """A and B of every layer by name; the block of the last task under the names `fresh`, if those are given."""
-    modules, tensors = dense_modules(), {}
+    tensors = {}
     cut = adapter.span(len(adapter.tasks) - 1)[0] if fresh else adapter.experts
     for path, site in adapter.rows.items():
         for layer, (keys, values) in enumerate(zip(site["keys"], site["values"], strict=True)):
-            module = prefix + modules[path].format(layer=layer)
+            module = prefix + MODULES[path].format(layer=layer)
             for (a, b), rows in ((frozen, slice(0, cut)), (fresh or frozen, slice(cut, None))):
                 if len(keys[rows]):  # a state dict has no tensor for rows that there are none of
                     tensors[f"{module}.{a}"], tensors[f"{module}.{b}"] = keys[rows], values[rows].T
@@ -106,6 +106,8 @@ def _from_layers(tensors: Tensors, source: object) -> Rows:
         if not hits:
             raise MoraError(f"{source}: tensor {name!r} is of no dense layer known here: {', '.join(MODULES.values())}")
         (path, match), (whose, what) = hits[0], ENDS[end]
+        if array.ndim != 2:
+            raise MoraError(f"{source}: tensor {name!r} has shape {list(array.shape)}; legal: 2 axes")
         rows = array if what == "keys" else array.T
         if end.startswith("loranew_B") and np.any(rows):
             raise MoraError(
@@ -114,9 +116,9 @@ def _from_layers(tensors: Tensors, source: object) -> Rows:
         found.setdefault(path, {}).setdefault(int(match[1]), {})[whose, what] = rows
     if not found:
         raise MoraError(f"{source}: no tensor whose name ends in one of {', '.join(ENDS)}")
-    untrained = not any(np.any(t) for site in found.values() for layer in site.values()
-                        for (whose, what), t in layer.items() if whose == "fresh" and what == "values")  # fmt: skip
-    whose_rows = ("frozen",) if untrained else ("frozen", "fresh")  # fresh rows as they begin are of no task yet
+    layers = [layer for site in found.values() for layer in site.values()]
+    trained = any(np.any(layer["fresh", "values"]) for layer in layers if ("fresh", "values") in layer)
+    whose_rows = ("frozen", "fresh") if trained else ("frozen",)  # fresh rows as they begin are of no task yet
     return {path: _stacked("/".join(path), site, whose_rows, source) for path, site in found.items()}
 
 
@@ -134,6 +136,10 @@ def _stacked(
         for what in ("keys", "values")
     }
     counts = {what: {sum(map(len, layer)) for layer in layers} for what, layers in parts.items()}
+    for what, layers in parts.items():
+        widths = {part.shape[1] for layer in layers for part in layer}
+        if len(widths) > 1:
+            raise MoraError(f"{source}: {name} has {what} of widths {sorted(widths)}; they must be one number")
     if counts["keys"] != counts["values"] or len(counts["keys"]) != 1 or counts["keys"] == {0}:
         raise MoraError(
             f"{source}: {name} has A of {sorted(counts['keys'])} rows and B of {sorted(counts['values'])} columns "

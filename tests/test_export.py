@@ -190,6 +190,35 @@ def test_state_dicts_of_both_halves_are_read(
     assert back.tasks == TASKS
 
 
+Q = "model.layers.1.self_attn.q_proj."
+
+
+def moved(name: str) -> Callable[[dict], None]:
+    return lambda state: state.update({name: state.pop(Q + "lora_A")})
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (moved("model.layers.1.self_attn.query.lora_A"), ["query.lora_A", "is of no dense layer", "self_attn.q_proj"]),
+        (moved("model.layers.3.self_attn.q_proj.lora_A"), ["layers/attn/q", "[0, 1, 3]", "none left out"]),
+        (lambda state: state.update({Q + "lora_A": np.zeros((8, 30), np.float32)}), ["keys of widths [30, 32]"]),
+        (lambda state: state.update({Q + "lora_A": np.zeros((8,), np.float32)}), ["shape [8]; legal: 2 axes"]),
+        (lambda state: state.pop(Q + "lora_A"), ["A of [16, 24] rows and B of [24] columns"]),
+        (dict.clear, ["no tensor whose name ends in one of old_lora_A"]),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_named(change: Callable, parts: list[str], tmp_path: Path) -> None:
+    layouts.save(drawn("mora"), tmp_path / "a", "authors")
+    state, file = tensors_of(tmp_path / "a"), tmp_path / "state.safetensors"
+    change(state)
+    safetensors.numpy.save_file(state, file)
+    with pytest.raises(MoraError) as caught:
+        layouts.load_state_dict(file, configs.load(f"{CONFIG}:smoke", {}))
+    for part in [str(file), *parts]:
+        assert part in str(caught.value)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("harm_done"),)
@@ -276,6 +305,11 @@ def cut_tensors(folder: Path) -> None:
     (folder / layouts.TENSORS).write_bytes(b"cut")
 
 
+def no_tasks(folder: Path) -> None:
+    file = folder / layouts.DESCRIPTION
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tasks": ["colours"]}))
+
+
 def other_json(folder: Path) -> None:
     (folder / layouts.DESCRIPTION).write_text('{"peft_type": "LORA"}')
 
@@ -286,6 +320,7 @@ def other_json(folder: Path) -> None:
         (lambda folder: shutil.rmtree(folder), "holds no adapter_config.json"),
         (cut_tensors, "not a readable safetensors file"),
         (other_json, "is not of the format"),
+        (no_tasks, "is damaged"),
     ],
 )
 def test_what_is_no_adapter_is_named(
