@@ -166,7 +166,9 @@ def test_the_mesh_does_not_matter(axes: tuple[int, ...], tiny: LanguageModel, me
     generate = Generator(Decoder(tiny.config, how), Spelling(), many)
     for batch_size in (8, 6):
         cut = generate(place(many, jax.device_get(variables)), SHORT, **(OPTIONS | {"batch_size": batch_size}))
-        assert cut == answer_with(tiny, mesh, how, 2)
+        whole = answer_with(tiny, mesh, how, 2)
+        assert cut.gates.mass == pytest.approx(whole.gates.mass, rel=1e-5)  # summed in another order
+        assert cut._replace(gates=cut.gates._replace(mass=whole.gates.mass)) == whole
 
 
 def test_no_prompts(run: Callable[..., Generation]) -> None:
