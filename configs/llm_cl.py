@@ -8,8 +8,8 @@ benchmark=packaged_text (default): MoRA teaches SmolLM2-135M-Instruct four unlik
     Also       --config=configs/llm_cl.py:benchmark=folder,method=inc_lora --config.benchmark.root=DIR
 
 benchmark=trace: the eight tasks of TRACE, arXiv 2310.06762, as MoRAM (the later name of MoRA) runs them.
-    Command    python -m mora_jax.train --config=configs/llm_cl.py:benchmark=trace,model=llama3.2-1b --workdir=runs/trace
-               --config.benchmark.root=DIR --config.eval.decoding=moram
+    Command    python -m mora_jax.train --config=configs/llm_cl.py:benchmark=trace,model=llama3.2-1b
+               --workdir=runs/trace --config.benchmark.root=DIR --config.eval.decoding=moram
     Defaults   published: rank = k = 8, tau 0.03, delta 0.2, scale 2, q, k, v, o; 2, 1, 3, 2, 1, 2, 2, 3 epochs, global
                batch 32, Adam (0.9, 0.95), clip 1.0, learning rate 5e-4 constant. Not here: dropout 0.1 on x.
                Decoding is greedy unless `moram` is asked for, which is the published one.
