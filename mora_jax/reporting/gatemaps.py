@@ -39,7 +39,7 @@ def _map(m: dict[str, Any], cells: list) -> Markup:
     shown = [_visible(token) for token in m["tokens"]]
     head = 16 + LETTER * max(map(len, shown), default=0)
     tops = [head + e * ROW + place[origin] * GAP for e, origin in enumerate(m["origins"])]
-    side = 14 + LETTER * max((len(name) for name in groups), default=0)
+    side = 14 + (LETTER + 1) * max((len(name) for name in groups), default=0)  # bold letters are wider
     width = side + CELL * len(m["tokens"]) + 8
     bottom = (tops[-1] if tops else head) + ROW
     paths: dict[tuple[str, int], list[str]] = {}
