@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mora_jax.errors import MoraError
+from mora_jax.errors import MoraError, exit_code
 from mora_jax.reporting import page
 
 
@@ -21,20 +21,20 @@ class _Parser(argparse.ArgumentParser):
         raise MoraError(f"{message}; usage: python -m mora_jax.report DIR [DIR ...] [--output=FILE]")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when drawn, 2 after an error that was told in one line."""
+def run(argv: Sequence[str]) -> None:
+    """Everything but the handling of errors."""
     parser = _Parser(prog="python -m mora_jax.report", description=__doc__.splitlines()[0])
     parser.add_argument("workdirs", nargs="+", metavar="DIR", type=Path, help="the --workdir of a train run")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: report.html in DIR, for several in the current folder"
     )
-    try:
-        arguments = parser.parse_args(argv)
-        print(f"{page.write(arguments.workdirs, arguments.output)} written")
-    except MoraError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    arguments = parser.parse_args(argv)
+    print(f"{page.write(arguments.workdirs, arguments.output)} written")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 when drawn, 2 after an error that was told in one line."""
+    return exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

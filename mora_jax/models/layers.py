@@ -44,13 +44,16 @@ class Dense(nn.Module):
         return y + gates.update(x, bank, fresh, self.method)
 
     def _report(self, x, bank, fresh) -> None:
-        if self.is_mutable_collection("stats"):
-            g = gates.gates(x, bank, fresh, self.method)
+        told = [name for name in ("stats", "gates") if self.is_mutable_collection(name)]
+        if not told:
+            return
+        g = gates.gates(x, bank, fresh, self.method)
+        if "stats" in told:
             frozen = g[..., : bank["keys"].shape[0]]
             self.put_variable("stats", "active", (g > gates.ACTIVE).sum(axis=-1, dtype=jnp.int32))
             self.put_variable("stats", "mass", gates.mass_by_block(frozen, self.method.rank))
-        if self.is_mutable_collection("gates"):
-            self.put_variable("gates", "gates", gates.gates(x, bank, fresh, self.method))
+        if "gates" in told:
+            self.put_variable("gates", "gates", g)
 
 
 class RMSNorm(nn.Module):

@@ -33,6 +33,12 @@ class GateCounts(NamedTuple):
     none: int = 0
     mass: tuple[float, ...] = ()  # of each block of experts that were trained together, in the order of the bank
 
+    @classmethod
+    def fetched(cls, counts: tuple) -> GateCounts:
+        """From the arrays that `_count` gives, once they are on the host."""
+        *totals, mass = counts
+        return cls(*map(int, totals), tuple(map(float, mass)))
+
     def __add__(self, other: GateCounts) -> GateCounts:
         mass = itertools.zip_longest(self.mass, other.mass, fillvalue=0.0)
         counts = (a + b for a, b in zip(self[:3], other[:3], strict=True))
@@ -94,8 +100,7 @@ class Generator:
                 length[i] = len(row)
             batch = place_batch(self.mesh, {"tokens": tokens, "length": length})
             ids, counts = jax.device_get(self._run(variables, batch, jnp.int32(max_new_tokens), capacity=capacity))
-            *totals, mass = counts
-            gates += GateCounts(*map(int, totals), tuple(map(float, mass)))
+            gates += GateCounts.fetched(counts)
             for i, row in zip(members, ids, strict=False):
                 answer = _until(row.tolist(), self.tokenizer.eos_id)
                 texts[i], tokens_of[i] = self.tokenizer.decode(answer), (*encoded[i], *answer)
@@ -181,8 +186,7 @@ def gate_counts(decoder: Decoder, variables: Mapping[str, Any], tokens: Sequence
     width = text.bucket(len(tokens), PROMPT_BUCKET, 1 << 30)
     padded = np.zeros((1, width), np.int32)
     padded[0, : len(tokens)] = tokens
-    *totals, mass = jax.device_get(_gate_counts(decoder, variables, padded, np.int32(len(tokens))))
-    return GateCounts(*map(int, totals), tuple(map(float, mass)))
+    return GateCounts.fetched(jax.device_get(_gate_counts(decoder, variables, padded, np.int32(len(tokens)))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
