@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache, partial
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from launching import CONFIG
+from parity import Numbers, transformers_or_skip
 from tiny_decoder import TINY, our_logits, random_params
 
 from mora_jax import config as configs
@@ -20,24 +20,11 @@ from mora_jax.runtime.decoding import DECODING, Decoding, ruled
 from mora_jax.runtime.distributed import AXES, make_mesh
 from mora_jax.runtime.generate import Generator
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch, transformers = transformers_or_skip()  # at import: the annotations below name their classes
 
 MORAM = DECODING["moram"]
 NEW, EOS, BOS = 24, 60, 0
-
-
-class Numbers:
-    """A tokenizer of words that are ids below 60; the padding is a token that prompts hold too."""
-
-    bos_id, eos_id, pad_id = BOS, EOS, 7
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[int(word) for word in text.split()] for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
-
+PAD = 7  # an id that prompts hold too
 
 # Repetitions within a prompt, the padding token where the padding of others stands, nothing, a single token.
 PROMPTS = ["3 4 5 9 3 4 5 8 3 4", "7 7 12 7 7", "", "41", "17 18 19 " * 12 + "17 18"]
@@ -67,28 +54,23 @@ def one_by_one(prompt: str, decoding: Decoding) -> list[int]:
     return answer[:-1] if answer[-1] == EOS else answer
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Mesh:
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
-
-
 @cache
 def generated(mesh: Mesh, decoding: Decoding) -> list[list[int]]:
     """Two batches of four rows, of which three are there to fill the second."""
-    generate = Generator(Decoder(TINY), Numbers(), mesh, decoding)
+    generate = Generator(Decoder(TINY), Numbers(BOS, EOS, PAD), mesh, decoding)
     options = {"max_prompt_tokens": 64, "max_new_tokens": NEW, "batch_size": 4, "after_batch": lambda n: None}
     texts = generate({"params": random_params(TINY)}, PROMPTS, **options).texts
     return [[int(word) for word in text.split()] for text in texts]
 
 
 @pytest.mark.parametrize("name", DECODING)
-def test_token_by_token_as_transformers(mesh: Mesh, name: str) -> None:
+def test_token_by_token_as_transformers(one_device: Mesh, name: str) -> None:
     expected = [one_by_one(prompt, DECODING[name]) for prompt in PROMPTS]
-    assert generated(mesh, DECODING[name]) == expected
+    assert generated(one_device, DECODING[name]) == expected
     assert sum(map(len, expected)) > 2 * NEW
 
 
-def test_the_rules_act_on_these_prompts(mesh: Mesh) -> None:
+def test_the_rules_act_on_these_prompts(one_device: Mesh) -> None:
     """Greedy answers repeat 3-grams and those of the decoding do not, counted over prompt and answer."""
 
     def repeats(prompt: str, answer: list[int]) -> int:
@@ -97,16 +79,16 @@ def test_the_rules_act_on_these_prompts(mesh: Mesh) -> None:
         already = max(0, len(ids) - len(answer) - 2)
         return sum(ngram in ngrams[:i] for i, ngram in enumerate(ngrams) if i >= already)
 
-    plain, moram = (generated(mesh, DECODING[name]) for name in ("greedy", "moram"))
+    plain, moram = (generated(one_device, DECODING[name]) for name in ("greedy", "moram"))
     assert plain != moram
     assert sum(map(repeats, PROMPTS, plain)) > 0
     assert sum(map(repeats, PROMPTS, moram)) == 0
 
 
-def test_the_mesh_does_not_matter(mesh: Mesh) -> None:
+def test_the_mesh_does_not_matter(one_device: Mesh) -> None:
     """Rows cut over four devices, of which some have rows that only fill up the batch."""
     many = make_mesh(dict(zip(AXES, (4, 1, 2), strict=True)))
-    assert generated(many, MORAM) == generated(mesh, MORAM)
+    assert generated(many, MORAM) == generated(one_device, MORAM)
 
 
 @pytest.mark.parametrize("decoding", [MORAM, Decoding(0.7, 1), Decoding(1.5, 4)], ids=str)

@@ -178,7 +178,7 @@ def test_state_dicts_of_both_halves_are_read(
     layouts.save(adapter, tmp_path / "a", "authors")
     state, file = change(tensors_of(tmp_path / "a")), tmp_path / f"state{suffix}"
     if suffix == ".pt":
-        torch = pytest.importorskip("torch")
+        torch = pytest.importorskip("torch", reason="only PyTorch writes and reads .pt")
         torch.save({name: torch.from_numpy(array) for name, array in state.items()}, file)
     else:
         safetensors.numpy.save_file(state, file)
@@ -241,7 +241,8 @@ def test_a_pickle_is_never_run(main: Callable[..., Ended], tmp_path: Path, monke
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", ["inc_lora", "seq_lora"])
 def test_peft_loads_the_folder_with_equal_logits(method: str, tmp_path: Path) -> None:
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    peft = pytest.importorskip("peft", reason="peft is the other side of the comparison")
+    torch = pytest.importorskip("torch", reason="peft is complete only with torch")
     from transformers import LlamaForCausalLM
 
     adapter, (_, model, _) = drawn(method), base()

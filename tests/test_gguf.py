@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from parity import transformers_or_skip
 
 from mora_jax.data import packages
 from mora_jax.errors import MoraError
@@ -198,8 +199,7 @@ def test_unpermute_inverts_the_converter() -> None:
 
 
 def assert_equals_transformers(path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="torch is the other side of the comparison")
-    transformers = pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
+    torch, transformers = transformers_or_skip()
     # Not from_pretrained(gguf_file=...), which is this function and a dependency on accelerate.
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 

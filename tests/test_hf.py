@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
+from parity import transformers_or_skip
 
 from mora_jax.errors import MoraError
 from mora_jax.models import hf
@@ -56,8 +57,7 @@ def assert_trees_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def torch_model(config: DecoderConfig) -> Any:
     """A random LlamaForCausalLM of transformers; biases and norms are made random too, they start at 0 and 1."""
-    torch = pytest.importorskip("torch", reason="torch is the other side of the comparison")
-    transformers = pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
+    torch, transformers = transformers_or_skip()
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_hf(config)))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_what_transformers_saves_is_read(config: DecoderConfig, shard_size: str,
 
 @VARIANTS
 def test_what_we_save_transformers_reads(config: DecoderConfig, tmp_path: Path) -> None:
-    model, transformers = torch_model(config), pytest.importorskip("transformers")
+    model, transformers = torch_model(config), transformers_or_skip()[1]
     hf.save_params(jax.tree.map(jnp.asarray, expected(model.state_dict(), config)), config, tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.rope_parameters["rope_theta"] == config.rope_theta
