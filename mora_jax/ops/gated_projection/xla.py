@@ -2,7 +2,7 @@
 
 Two things make routing nearly free. The scores lie as [experts, tokens], so every reduction over experts runs along the
 leading axis and vectorises over tokens. And the k-th largest score is found exactly without sorting: by k rounds of
-"largest that is left" while k is small, otherwise by 32 steps of bit descent on order-preserving integers.
+"largest below the last" while k is small, otherwise by 32 steps of bit descent on order-preserving integers.
 
 Frozen and fresh rows are joined here, outside of what is differentiated: a copy of n rows is cheaper than a second pass
 over t rows of output (measured on CPU, where n <= t).
@@ -10,6 +10,7 @@ over t rows of output (measured on CPU, where n <= t).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -33,16 +34,35 @@ class Selection(NamedTuple):
     threshold_mode: str
 
 
-def _kept_by_rounds(s: Float[Array, "n t"], k: int) -> Bool[Array, "n t"]:
-    """Takes the largest score k times; among equals the lowest index, as an index per token picks exactly one."""
-    index = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
-    kept, left = jnp.zeros(s.shape, bool), s
+def _rounds(s: Float[Array, "n t"], k: int) -> Iterator[tuple[Float[Array, "1 t"], Int[Array, "1 t"]]]:
+    """The k largest scores of each token, one after another, with their place; the lowest index first among equals."""
+    index, left = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), s
     for _ in range(k):
         top = jnp.max(left, axis=0, keepdims=True)
         first = jnp.min(jnp.where(left == top, index, s.shape[0]), axis=0, keepdims=True)
-        kept |= index == first
+        yield top, first
         left = jnp.where(index == first, -jnp.inf, left)
-    return kept
+
+
+def _kept_by_rounds(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int) -> Bool[Array, "n t"]:
+    """k times the largest score below the last one, which reads s once a round; slowly where a token has equal ones."""
+
+    def below(_, last):
+        return jnp.max(jnp.where(s < last, s, -jnp.inf), axis=0, keepdims=True)
+
+    # A loop, not k fused copies: those read s three times as slowly on CPU.
+    kth = jax.lax.fori_loop(0, k, below, jnp.full((1, s.shape[1]), jnp.inf))
+    kept = (s >= kth) & exists
+    exact = jnp.all(jnp.sum(kept, axis=0) == jnp.minimum(k, jnp.sum(exists)))
+
+    def one_by_one():
+        index = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
+        found = jnp.zeros(s.shape, bool)
+        for _, first in _rounds(s, k):
+            found |= index == first
+        return found & exists
+
+    return jax.lax.cond(exact, lambda: kept, one_by_one)
 
 
 def _largest_prefix(fits, bits: int, start: Int[Array, "1 t"]) -> Int[Array, "1 t"]:
@@ -55,7 +75,7 @@ def _largest_prefix(fits, bits: int, start: Int[Array, "1 t"]) -> Int[Array, "1 
     return jax.lax.fori_loop(0, bits, step, start)
 
 
-def _kept_by_descent(s: Float[Array, "n t"], k: int) -> Bool[Array, "n t"]:
+def _kept_by_descent(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int) -> Bool[Array, "n t"]:
     """Finds the k-th largest score as an integer with the same order, then the index up to which its ties are kept."""
     bits = jax.lax.bitcast_convert_type(s, jnp.int32)
     order = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
@@ -70,7 +90,7 @@ def _kept_by_descent(s: Float[Array, "n t"], k: int) -> Bool[Array, "n t"]:
     above, tied = order > kth, order == kth
     room = k - count(above)
     end = _largest_prefix(lambda c: count(tied & (index < c)) <= room, s.shape[0].bit_length(), jnp.zeros_like(kth))
-    return above | (tied & (index < end))
+    return (above | (tied & (index < end))) & exists
 
 
 def _exists(n: int, live: Int[Array, ""], fresh: int) -> Bool[Array, "rows 1"]:
@@ -88,7 +108,7 @@ def gate(z: Float[Array, "n t"], exists: Bool[Array, "n 1"], how: Selection):
         kept = jnp.broadcast_to(exists, s.shape)
     else:
         select = _kept_by_rounds if how.top_k <= ROUNDS_UP_TO else _kept_by_descent
-        kept = select(jnp.where(exists, s, -jnp.inf), how.top_k) & exists
+        kept = select(jnp.where(exists, s, -jnp.inf), exists, how.top_k)
     peak = jnp.max(jnp.where(kept, s, -jnp.inf), axis=0, keepdims=True)
     weight = jnp.where(kept, jnp.exp((jnp.where(kept, s, peak) - peak) * (1.0 / how.temperature)), 0.0)
     total = jnp.sum(weight, axis=0, keepdims=True)
@@ -180,6 +200,14 @@ def _backward(how, saved, dy):
 gated_projection.defvjp(_forward, _backward)
 
 
+def _top(s: Float[Array, "n t"], k: int) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
+    """The k largest scores and where they are; an index beyond n where a token is NaN."""
+    if k > ROUNDS_UP_TO:
+        return jax.lax.top_k(s.T, k)
+    top, index = (jnp.concatenate(rows).T for rows in zip(*_rounds(s, k), strict=True))
+    return top, index
+
+
 def decode(
     x: Float[Array, "t d_in"],
     keys: Float[Array, "n d_in"],
@@ -192,12 +220,13 @@ def decode(
     z = respond(x, keys, exists)
     norm2 = jnp.sum(z * z, axis=0, keepdims=True)
     s = jnp.where(exists, z * jax.lax.rsqrt(jnp.maximum(norm2, FLOOR)) + 0.0, -jnp.inf)  # + 0.0: -0.0 ties with 0.0
-    top, index = jax.lax.top_k(s.T, min(how.top_k, keys.shape[0]))  # [t k], the lowest index first among ties
+    top, index = _top(s, min(how.top_k, keys.shape[0]))
     best = top[:, :1]
     weight = jnp.where(top == -jnp.inf, 0.0, jnp.exp((top - best) * (1.0 / how.temperature)))
     total = jnp.sum(weight, axis=1, keepdims=True)
     g = weight / jnp.where(total == 0.0, 1.0, total)
     if how.threshold != 0.0:
         g = jnp.where(top >= _bar(best, how), g, 0.0)
-    c = g * jnp.take_along_axis(z.T, index, axis=1)
-    return jnp.einsum("tk,tkd->td", c, values[index].astype(jnp.float32)).astype(x.dtype)
+    c = g * jnp.take_along_axis(z.T, index, axis=1, mode="clip")
+    rows = jnp.take(values, index, axis=0, mode="clip").astype(jnp.float32)
+    return jnp.einsum("tk,tkd->td", c, rows).astype(x.dtype)
