@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mora_jax.ops.gated_projection import reference, xla
+from mora_jax.ops.gated_projection import reference, xla, xla_gathered
 
 THRESHOLD_MODES = ("absolute", "relative")
 _log = logging.getLogger(__name__)
@@ -28,6 +28,12 @@ def _run_reference(x, keys, values, fresh_keys, fresh_values, live, how: xla.Sel
 def _reference_gates(x, keys, fresh_keys, live, how: xla.Selection):
     z = reference.responses(x, xla.joined(keys, fresh_keys))
     return reference.gates(z, _exists(keys, fresh_keys, live), **how._asdict())
+
+
+def _run_xla(x, keys, values, fresh_keys, fresh_values, live, how: xla.Selection):
+    fresh = 0 if fresh_keys is None else fresh_keys.shape[0]
+    path = xla_gathered if xla_gathered.pays(x.shape[0], keys.shape[0], fresh, how.top_k) else xla
+    return path.gated_projection(x, keys, values, fresh_keys, fresh_values, live, how)
 
 
 def _constant_first(frozen, fresh):
@@ -55,7 +61,7 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS = {
     "reference": Implementation(_run_reference, _reference_gates),
-    "xla": Implementation(xla.gated_projection, xla.gates),
+    "xla": Implementation(_run_xla, xla.gates),
 }
 KERNELS = {made.platform: name for name, made in IMPLEMENTATIONS.items() if made.platform}
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)

@@ -34,7 +34,7 @@ class Selection(NamedTuple):
     threshold_mode: str
 
 
-def _rounds(s: Float[Array, "n t"], k: int) -> Iterator[tuple[Float[Array, "1 t"], Int[Array, "1 t"]]]:
+def rounds(s: Float[Array, "n t"], k: int) -> Iterator[tuple[Float[Array, "1 t"], Int[Array, "1 t"]]]:
     """The k largest scores of each token, one after another, with their place; the lowest index first among equals."""
     index, left = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), s
     for _ in range(k):
@@ -53,12 +53,12 @@ def _kept_by_rounds(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int) 
     # A loop, not k fused copies: those read s three times as slowly on CPU.
     kth = jax.lax.fori_loop(0, k, below, jnp.full((1, s.shape[1]), jnp.inf))
     kept = (s >= kth) & exists
-    exact = jnp.all(jnp.sum(kept, axis=0) == jnp.minimum(k, jnp.sum(exists)))
+    exact = jnp.all(jnp.sum(kept, axis=0) == jnp.minimum(k, jnp.sum(exists)))  # no two scores that matter are equal
 
     def one_by_one():
         index = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
         found = jnp.zeros(s.shape, bool)
-        for _, first in _rounds(s, k):
+        for _, first in rounds(s, k):
             found |= index == first
         return found & exists
 
@@ -93,14 +93,14 @@ def _kept_by_descent(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int)
     return (above | (tied & (index < end))) & exists
 
 
-def _exists(n: int, live: Int[Array, ""], fresh: int) -> Bool[Array, "rows 1"]:
+def exists_of(n: int, live: Int[Array, ""], fresh: int) -> Bool[Array, "rows 1"]:
     """Which of n frozen rows, followed by the fresh ones, hold an expert."""
     index = jnp.arange(n + fresh)[:, None]
     return (index < live) | (index >= n)
 
 
 def gate(z: Float[Array, "n t"], exists: Bool[Array, "n 1"], how: Selection):
-    """From responses that are zero where no expert exists: scores s, softmax p (Eq. 7), gates g (Eq. 8) and 1/||z||."""
+    """From responses that are zero where no expert exists: softmax p (Eq. 7), gates g (Eq. 8), 1/||z|| or 0."""
     norm2 = jnp.sum(z * z, axis=0, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.maximum(norm2, FLOOR))
     s = z * inverse
@@ -109,27 +109,28 @@ def gate(z: Float[Array, "n t"], exists: Bool[Array, "n 1"], how: Selection):
     else:
         select = _kept_by_rounds if how.top_k <= ROUNDS_UP_TO else _kept_by_descent
         kept = select(jnp.where(exists, s, -jnp.inf), exists, how.top_k)
-    peak = jnp.max(jnp.where(kept, s, -jnp.inf), axis=0, keepdims=True)
-    weight = jnp.where(kept, jnp.exp((jnp.where(kept, s, peak) - peak) * (1.0 / how.temperature)), 0.0)
+    best = jnp.max(jnp.where(exists, s, -jnp.inf), axis=0, keepdims=True)  # always kept
+    weight = jnp.where(kept, jnp.exp((jnp.where(kept, s, best) - best) * (1.0 / how.temperature)), 0.0)
     total = jnp.sum(weight, axis=0, keepdims=True)
     p = weight / jnp.where(total == 0.0, 1.0, total)
     g = p
     if how.threshold != 0.0:
-        g = jnp.where(s >= _bar(jnp.max(jnp.where(exists, s, -jnp.inf), axis=0, keepdims=True), how), p, 0.0)
-    return s, p, g, jnp.where(norm2 > FLOOR, inverse, 0.0)
+        g = jnp.where(s >= bar(best, how), p, 0.0)
+    return p, g, jnp.where(norm2 > FLOOR, inverse, 0.0)
 
 
-def _bar(best: Float[Array, "1 t"], how: Selection) -> Float[Array, "1 t"]:
+def bar(best: Float[Array, "1 t"], how: Selection) -> Float[Array, "1 t"]:
     """What a score must reach (Eq. 8), given the best score of each token."""
     if how.threshold_mode == "absolute":
         return jnp.full_like(best, how.threshold)
     return jnp.where(best > 0, how.threshold * best, jnp.inf)
 
 
-def gate_backward(z, s, p, g, inverse, dc: Float[Array, "n t"], how: Selection) -> Float[Array, "n t"]:
+def gate_backward(z, p, g, inverse, dc: Float[Array, "n t"], how: Selection) -> Float[Array, "n t"]:
     """dz from dc, the cotangent of c = g z; the other arguments are `gate`'s."""
     dg = jnp.where(g == p, dc * z, 0.0)  # no gradient through a gate that the threshold closed
     ds = p * (dg - jnp.sum(p * dg, axis=0, keepdims=True)) * (1.0 / how.temperature)
+    s = z * inverse
     dz = g * dc + (ds - s * jnp.sum(s * ds, axis=0, keepdims=True)) * inverse
     return jnp.where(inverse == 0.0, 0.0, dz)  # below the floor a response is a constant
 
@@ -150,8 +151,8 @@ def joined(frozen: Float[Array, "n d"], fresh: Float[Array, "r d"] | None) -> Fl
 
 def gates(x, keys, fresh_keys, live, how: Selection) -> Float[Array, "t rows"]:
     """g for every token; differentiable only through `gated_projection`."""
-    exists = _exists(keys.shape[0], live, 0 if fresh_keys is None else fresh_keys.shape[0])
-    return gate(respond(x, joined(keys, fresh_keys), exists), exists, how)[2].T
+    exists = exists_of(keys.shape[0], live, 0 if fresh_keys is None else fresh_keys.shape[0])
+    return gate(respond(x, joined(keys, fresh_keys), exists), exists, how)[1].T
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -166,29 +167,27 @@ def gated_projection(
 ) -> Float[Array, "t d_out"]:
     """y = sum_i g_i z_i b_i; with fresh rows, keys and values are constants.
 
-    A few tokens before a large bank, as in decoding, read the values of the selected experts only.
+    Dense: every value is multiplied with its gate, which is the fastest while the bank is small.
     """
-    if fresh_keys is None and 2 * x.shape[0] * how.top_k <= keys.shape[0]:
-        return decode(x, keys, values, live, how)
     return _forward(x, keys, values, fresh_keys, fresh_values, live, how)[0]
 
 
 def _forward(x, keys, values, fresh_keys, fresh_values, live, how):
-    exists = _exists(keys.shape[0], live, 0 if fresh_keys is None else fresh_keys.shape[0])
+    exists = exists_of(keys.shape[0], live, 0 if fresh_keys is None else fresh_keys.shape[0])
     z = respond(x, joined(keys, fresh_keys), exists)
-    s, p, g, inverse = gate(z, exists, how)
+    p, g, inverse = gate(z, exists, how)
     p = checkpoint_name(p, GATES)
     g = p if how.threshold == 0.0 else g
     y = jnp.dot((g * z).T, joined(values, fresh_values).astype(jnp.float32)).astype(x.dtype)
-    return y, (x, keys, values, fresh_keys, fresh_values, z, s, p, g, inverse)
+    return y, (x, keys, values, fresh_keys, fresh_values, z, p, g, inverse)
 
 
 def _backward(how, saved, dy):
-    x, keys, values, fresh_keys, fresh_values, z, s, p, g, inverse = saved
+    x, keys, values, fresh_keys, fresh_values, z, p, g, inverse = saved
     wide, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     contract_outputs = (((1,), (1,)), ((), ()))
     dc = jax.lax.dot_general(joined(values, fresh_values).astype(jnp.float32), dy, contract_outputs)  # [rows t]
-    dz = gate_backward(z, s, p, g, inverse, dc, how)
+    dz = gate_backward(z, p, g, inverse, dc, how)
     dx = jnp.dot(dz.T, joined(keys, fresh_keys).astype(jnp.float32)).astype(x.dtype)
     first = 0 if fresh_keys is None else keys.shape[0]  # of the rows that have a gradient
     d_keys, d_values = jnp.dot(dz[first:], wide), jnp.dot((g * z)[first:], dy)
@@ -198,35 +197,3 @@ def _backward(how, saved, dy):
 
 
 gated_projection.defvjp(_forward, _backward)
-
-
-def _top(s: Float[Array, "n t"], k: int) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
-    """The k largest scores and where they are; an index beyond n where a token is NaN."""
-    if k > ROUNDS_UP_TO:
-        return jax.lax.top_k(s.T, k)
-    top, index = (jnp.concatenate(rows).T for rows in zip(*_rounds(s, k), strict=True))
-    return top, index
-
-
-def decode(
-    x: Float[Array, "t d_in"],
-    keys: Float[Array, "n d_in"],
-    values: Float[Array, "n d_out"],
-    live: Int[Array, ""],
-    how: Selection,
-) -> Float[Array, "t d_out"]:
-    """The same y without a gradient; only t k rows of `values` are read."""
-    exists = _exists(keys.shape[0], live, 0)
-    z = respond(x, keys, exists)
-    norm2 = jnp.sum(z * z, axis=0, keepdims=True)
-    s = jnp.where(exists, z * jax.lax.rsqrt(jnp.maximum(norm2, FLOOR)) + 0.0, -jnp.inf)  # + 0.0: -0.0 ties with 0.0
-    top, index = _top(s, min(how.top_k, keys.shape[0]))
-    best = top[:, :1]
-    weight = jnp.where(top == -jnp.inf, 0.0, jnp.exp((top - best) * (1.0 / how.temperature)))
-    total = jnp.sum(weight, axis=1, keepdims=True)
-    g = weight / jnp.where(total == 0.0, 1.0, total)
-    if how.threshold != 0.0:
-        g = jnp.where(top >= _bar(best, how), g, 0.0)
-    c = g * jnp.take_along_axis(z.T, index, axis=1, mode="clip")
-    rows = jnp.take(values, index, axis=0, mode="clip").astype(jnp.float32)
-    return jnp.einsum("tk,tkd->td", c, rows).astype(x.dtype)

@@ -6,10 +6,12 @@ explicit Jacobians, in float64, and shares no code with `reference.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -19,9 +21,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mora_jax.ops.gated_projection import IMPLEMENTATIONS, gated_projection, gates, xla
+from mora_jax.ops.gated_projection import gated_projection, gates, xla, xla_gathered
 
-EVERY = sorted(IMPLEMENTATIONS)
+PATHS = {"xla dense": False, "xla gathered": True}  # xla takes one or the other by the sizes; here both see all sizes
+EVERY = ["reference", *PATHS]
 GAP = 1e-5  # implementations agree on the kept experts where the k-th and the next score differ by more
 
 # ---------------------------------------------------------------- the paper, in NumPy
@@ -87,6 +90,16 @@ def test_the_specification_has_the_gradients_of_its_own_values(rng):
 
 
 # ---------------------------------------------------------------- the grid
+
+
+@contextlib.contextmanager
+def implemented_by(name: str):
+    """Options of the op that have it computed by `name`, one of EVERY; while something is traced."""
+    if name not in PATHS:
+        yield {"implementation": name}
+        return
+    with mock.patch.object(xla_gathered, "pays", return_value=PATHS[name]):
+        yield {"implementation": "xla"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +173,12 @@ FAST = {"xla_backend_optimization_level": "0"}
 @partial(jax.jit, static_argnames=("dtype", "implementation", "how"), compiler_options=FAST)
 def run(x, keys, values, fresh_keys, fresh_values, dy, live, *, dtype, implementation, how):
     """(y, g, cotangents of the first five arrays), with `live` traced."""
-    options = {**dict(how), "implementation": implementation, "live": live}
     x, dy = x.astype(dtype), dy.astype(dtype)
 
     def op(function, x, keys, values, fk, fv):
         fresh = {"fresh_keys": fk, "fresh_values": fv} if len(fk) else {}
-        return function(x, keys, values, **fresh, **options)
+        with implemented_by(implementation) as named:
+            return function(x, keys, values, **fresh, **named, **dict(how), live=live)
 
     y, vjp = jax.vjp(partial(op, gated_projection), x, keys, values, fresh_keys, fresh_values)
     return y, op(gates, x, keys, values, fresh_keys, fresh_values), vjp(dy)
@@ -237,12 +250,29 @@ def test_ties_keep_exactly_k_lowest_index_first_fresh_last(k):
         close(found[5], expected[5])
 
 
-@pytest.mark.parametrize("select", [xla._kept_by_rounds, xla._kept_by_descent])
+def _kept_by_top(s, exists, k):
+    index = xla_gathered.top(s, exists, k)[1]
+    return jnp.zeros(s.shape, bool).at[index, jnp.arange(s.shape[1])[None]].set(True)
+
+
+@pytest.mark.parametrize("select", [xla._kept_by_rounds, xla._kept_by_descent, _kept_by_top])
 @pytest.mark.parametrize("k", range(1, 7))
 def test_signed_zeros_are_equal_scores(select, k):
     s = np.array([[-0.0, 0.5, 0.0, -0.5, -0.0, -0.5, 0.5]], np.float32).T
     kept = np.argsort(-s[:, 0], kind="stable")[:k]
     assert sorted(kept) == np.flatnonzero(select(s, np.ones((7, 1), bool), k)).tolist()
+
+
+@pytest.mark.parametrize(("k", "n", "tokens", "fresh"), [(8, 300, 40, 4), (2, 64, 3, 0), (20, 300, 3, 0)])
+def test_a_large_bank_is_gathered_from_and_agrees(k, n, tokens, fresh):
+    """The choice itself: nothing forced, with and without gradients; the last two are decoding."""
+    case = Case(k=k, n=n, r=fresh, live=n - 5, tokens=(tokens,), threshold=0.02)
+    assert xla_gathered.pays(tokens, n, fresh, k)
+    data = arrays(case)
+    expected, gap = expect(case, data)
+    assert gap.min() > GAP
+    for a, b in zip(run_case(case, "xla", data), expected, strict=True):
+        close(a, b)
 
 
 @pytest.mark.parametrize("implementation", EVERY)
@@ -251,8 +281,9 @@ def test_live_rows_are_the_same_whether_concrete_traced_or_cut(implementation):
     x, keys, values, fk, fv, _ = data = arrays(case)
 
     def outputs(**how):
-        how |= {"fresh_keys": fk, "fresh_values": fv, "implementation": implementation}
-        return [gated_projection(x, keys[:n], values[:n], live=4, **how) for n in (9, 4)]
+        how |= {"fresh_keys": fk, "fresh_values": fv}
+        with implemented_by(implementation) as named:
+            return [gated_projection(x, keys[:n], values[:n], live=4, **named, **how) for n in (9, 4)]
 
     traced = run_case(case, implementation, data)[0]
     for y in jax.jit(partial(outputs, **case.how), compiler_options=FAST)():
@@ -309,21 +340,24 @@ def test_huge_and_tiny_inputs_keep_their_direction(implementation, size):
 # ---------------------------------------------------------------- what is not computed
 
 
-def test_frozen_rows_cost_no_gradient_and_nothing_is_sorted():
+@pytest.mark.parametrize("path", PATHS)
+def test_frozen_rows_cost_no_gradient_and_nothing_is_sorted(path):
     tokens, d_in, d_out, n, r = 24, 20, 28, 40, 4
     case = Case(n=n, r=r, k=8, tokens=(tokens,), d_in=d_in, d_out=d_out)
     x, keys, values, fk, fv, dy = arrays(case)
 
-    def loss(x, fk, fv, keys, values, implementation="xla"):
-        how = {"fresh_keys": fk, "fresh_values": fv, "live": 30, "implementation": implementation, **case.how}
-        return jnp.sum(gated_projection(x, keys, values, **how) * dy)
+    def loss(x, fk, fv, keys, values, implementation=path):
+        with implemented_by(implementation) as named:
+            how = {"fresh_keys": fk, "fresh_values": fv, "live": 30, **named, **case.how}
+            return jnp.sum(gated_projection(x, keys, values, **how) * dy)
 
     step = jax.value_and_grad(loss, argnums=(0, 1, 2))
     text = jax.jit(step).lower(x, fk, fv, keys, values).compile().as_text()
-    forward = [(n + r, tokens), (tokens, d_out)]  # z, y
-    backward = [(n + r, tokens), (tokens, d_in), (r, d_in), (r, d_out)]  # dc, dx, fresh keys, fresh values
+    dense = [(tokens, d_out), (n + r, tokens)] if path == "xla dense" else []  # y, dc: of the chosen experts otherwise
+    forward = [(n + r, tokens)]  # z
+    backward = [(tokens, d_in), (r, d_in), (r, d_out)]  # dx, fresh keys, fresh values
     dots = re.findall(r"= \w+\[(\d+),(\d+)\]\S* (?:dot|custom-call)\(", text)
-    assert sorted((int(a), int(b)) for a, b in dots) == sorted(forward + backward)
+    assert sorted((int(a), int(b)) for a, b in dots) == sorted(forward + dense + backward)
 
     def words(**how):
         jaxpr = jax.make_jaxpr(jax.grad(partial(loss, **how), argnums=(1, 2)))(x, fk, fv, keys, values)
@@ -357,6 +391,8 @@ def _ones(*shape: int) -> np.ndarray:
         ({"fresh_keys": _ones(2, 4), "fresh_values": _ones(3, 3)}, "must continue keys"),
         ({"fresh_keys": _ones(2, 5), "fresh_values": _ones(2, 3)}, "must continue keys"),
         ({"fresh_keys": _ones(2, 4), "fresh_values": _ones(2, 2)}, "must continue keys"),
+        ({"x": np.ones((2, 4), int)}, "x must be of a float dtype; got int64"),
+        ({"values": np.ones((6, 3), bool)}, "values must be of a float dtype; got bool"),
         ({"x": _ones(2, 5)}, "must end in the d_in"),
         ({"x": np.float32(1.0)}, "must end in the d_in"),
         ({"keys": _ones(5, 4)}, "need equal n"),
