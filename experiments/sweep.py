@@ -84,7 +84,7 @@ def train(workdir: Path, arguments: list[str]) -> dict:
     if not results["complete"]:
         sys.exit("stopped; the same command continues")
     print(f"  {workdir.name}: {json.dumps(results['summary'])}", flush=True)
-    return {key: results[key] for key in KEPT} | other_threshold(workdir, results)
+    return results
 
 
 def other_threshold(workdir: Path, results: dict) -> dict:
@@ -197,7 +197,9 @@ def main() -> None:
 
     def test(method: str, rate: str, seed: str) -> dict:
         arguments = [f"--config.method.name={method}", f"--config.train.learning_rate={rate}", f"--config.seed={seed}"]
-        return train(options.folder / f"test_{method}_{rate}_seed{seed}", [*common, *arguments])
+        workdir = options.folder / f"test_{method}_{rate}_seed{seed}"
+        results = train(workdir, [*common, *arguments])
+        return {key: results[key] for key in KEPT} | other_threshold(workdir, results)
 
     for method in methods:
         best, tried = choose(options, method, common)
