@@ -65,7 +65,7 @@ def base() -> ConfigDict:
     )
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1})  # devices per axis; -1 = all that are left
     c.checkpoint = ConfigDict({"every_steps": 50, "keep": 2})  # inside a task; the end of each task is always kept
-    c.kernel = "auto"  # of the gated projection: auto or xla
+    c.kernel = "auto"  # of the gated projection: auto, xla, or pallas (TPU and GPU)
     c.log = ConfigDict({"every_steps": 10, "tensorboard": False})  # rows are written in groups of so many steps
     return c
 

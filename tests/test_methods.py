@@ -353,9 +353,13 @@ def test_impossible_values_are_refused_by_key(changes, says):
 
 
 def test_a_kernel_that_is_not_here_lists_the_legal_ones():
-    assert make().implementation is None
-    with pytest.raises(MoraError, match=f"kernel='pallas' is not available.*legal: {', '.join(KERNELS)}"):
-        from_config({**preset("mora"), "targets": "attn/q", "capacity_bucket": 4}, kernel="pallas")
+    config = {**preset("mora"), "targets": "attn/q", "capacity_bucket": 4}
+    with pytest.raises(MoraError, match=r"kernel='cuda' is unknown; legal: auto, xla, pallas"):
+        from_config(config, kernel="cuda")
+    with pytest.raises(MoraError, match=r"no kernel for platform 'cpu', only for gpu, tpu; legal here: auto, xla"):
+        from_config(config, kernel="pallas")
+    with compiling_for("tpu"):
+        assert from_config(config, kernel="pallas").implementation == "pallas_tpu"
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from mora_jax.errors import MoraError
 from mora_jax.methods.boundaries import BOUNDARIES
 from mora_jax.methods.gates import NORMALISERS, SCORES, SELECTORS
 from mora_jax.methods.initializers import INITIALIZERS
-from mora_jax.ops.gated_projection import THRESHOLD_MODES
+from mora_jax.ops.gated_projection import THRESHOLD_MODES, kernels, platform
 
 EXPERTS = {
     "none": "no experts: the frozen model",
     "rank1": "rank-1 experts, keys and values trained",
 }
-KERNELS = {"auto": None, "xla": "xla"}
+KERNELS = ("auto", "xla", "pallas")
 
 # The axes whose value is a name, with the table that knows the names.
 NAMED_AXES: Mapping[str, Mapping] = {
@@ -89,11 +89,24 @@ def from_config(config: Mapping, kernel: str = "auto") -> Method:
     targets = values["targets"]
     names = targets.split(",") if isinstance(targets, str) else targets
     values["targets"] = tuple(name.strip() for name in names if name.strip())
-    if kernel not in KERNELS:
-        raise MoraError(f"kernel={kernel!r} is not available in this version; legal: {', '.join(KERNELS)}")
-    method = Method(**values, implementation=KERNELS[kernel])
+    method = Method(**values, implementation=_implementation(kernel))
     _check(method)
     return method
+
+
+def _implementation(kernel: str) -> str | None:
+    """The name by which the op knows a value of `config.kernel`; None = best for the platform."""
+    if kernel not in KERNELS:
+        raise MoraError(f"kernel={kernel!r} is unknown; legal: {', '.join(KERNELS)}")
+    if kernel != "pallas":
+        return None if kernel == "auto" else kernel
+    known = kernels()
+    if platform() not in known:
+        raise MoraError(
+            f"kernel='pallas': there is no kernel for platform {platform()!r}, only for {', '.join(sorted(known))}; "
+            "legal here: auto, xla"
+        )
+    return known[platform()]
 
 
 def _check(method: Method) -> None:

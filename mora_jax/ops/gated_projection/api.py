@@ -63,7 +63,6 @@ IMPLEMENTATIONS = {
     "reference": Implementation(_run_reference, _reference_gates),
     "xla": Implementation(_run_xla, xla.gates),
 }
-KERNELS = {made.platform: name for name, made in IMPLEMENTATIONS.items() if made.platform}
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
@@ -75,6 +74,11 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def kernels() -> dict[str, str]:
+    """Platform -> the implementation that is a kernel for it."""
+    return {made.platform: name for name, made in IMPLEMENTATIONS.items() if made.platform}
 
 
 def platform() -> str:
@@ -104,10 +108,10 @@ def gated_projection(
     means min(top_k, live + r). `threshold` 0.0 switches Eq. 8 off. Scores, softmax and sums are float32; the result
     has the dtype of x. Raises ValueError for shapes that do not fit and for values without a meaning.
     """
-    _check_rows(x, keys, values, fresh_keys, fresh_values)
-    how, live = _selection(top_k, temperature, threshold, threshold_mode), _live(live, keys.shape[0])
+    check_rows(x, keys, values, fresh_keys, fresh_values)
+    how, live = selection(top_k, temperature, threshold, threshold_mode), live_rows(live, keys.shape[0])
     tokens = x.reshape(-1, x.shape[-1])
-    implemented = _implementation(implementation, (tokens, keys, values, fresh_keys, how))
+    implemented = choose(implementation, (tokens, keys, values, fresh_keys, how))
     if fresh_keys is not None:
         keys, values = jax.lax.stop_gradient((keys, values))
     y = implemented.project(tokens, keys, values, fresh_keys, fresh_values, live, how)
@@ -129,15 +133,16 @@ def gates(
     implementation: str | None = None,
 ) -> Float[Array, "... n_plus_r"]:
     """g for every expert, float32, fresh experts last, zero where an expert does not exist. Arguments as above."""
-    _check_rows(x, keys, values, fresh_keys, fresh_values)
-    how, live = _selection(top_k, temperature, threshold, threshold_mode), _live(live, keys.shape[0])
+    check_rows(x, keys, values, fresh_keys, fresh_values)
+    how, live = selection(top_k, temperature, threshold, threshold_mode), live_rows(live, keys.shape[0])
     tokens = x.reshape(-1, x.shape[-1])
-    implemented = _implementation(implementation, (tokens, keys, values, fresh_keys, how))
+    implemented = choose(implementation, (tokens, keys, values, fresh_keys, how))
     g = implemented.gates(tokens, keys, fresh_keys, live, how)
     return g.reshape(*x.shape[:-1], g.shape[-1])
 
 
-def _check_rows(x, keys, values, fresh_keys, fresh_values) -> None:
+def check_rows(x, keys, values, fresh_keys, fresh_values) -> None:
+    """ValueError, naming the argument, where shapes or dtypes do not fit together."""
     if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
         raise ValueError(f"keys [n, d_in] and values [n, d_out] need equal n; got {keys.shape} and {values.shape}")
     if x.ndim < 1 or x.shape[-1] != keys.shape[1]:
@@ -160,7 +165,8 @@ def _check_rows(x, keys, values, fresh_keys, fresh_values) -> None:
             raise ValueError(f"{name} must be of a float dtype; got {array.dtype}")
 
 
-def _selection(top_k, temperature, threshold, threshold_mode) -> xla.Selection:
+def selection(top_k, temperature, threshold, threshold_mode) -> xla.Selection:
+    """The static half of the gate; ValueError for a value without a meaning."""
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1; got {top_k}")
     if not temperature > 0:
@@ -170,7 +176,8 @@ def _selection(top_k, temperature, threshold, threshold_mode) -> xla.Selection:
     return xla.Selection(int(top_k), float(temperature), float(threshold), threshold_mode)
 
 
-def _live(live, n: int) -> Int[Array, ""]:
+def live_rows(live, n: int) -> Int[Array, ""]:
+    """How many of n frozen rows exist, as an array; ValueError if that is known and impossible."""
     if live is None:
         return jnp.int32(n)
     if not isinstance(live, jax.core.Tracer) and not 0 <= int(live) <= n:
@@ -178,11 +185,11 @@ def _live(live, n: int) -> Int[Array, ""]:
     return jnp.asarray(live, jnp.int32)
 
 
-def _implementation(name: str | None, arguments: tuple) -> Implementation:
+def choose(name: str | None, arguments: tuple) -> Implementation:
     """The named implementation, or the best one of the platform; xla, with a reason in the log, where it cannot run."""
     here = platform()
     known = [known for known, made in IMPLEMENTATIONS.items() if made.platform in (None, here)]
-    name = name or KERNELS.get(here, "xla")
+    name = name or kernels().get(here, "xla")
     if name not in known:
         raise ValueError(f"implementation {name!r} is not available on platform {here!r}; known: {', '.join(known)}")
     if reason := IMPLEMENTATIONS[name].unsupported(*arguments):
