@@ -15,8 +15,9 @@ from mora_jax.methods import bank as banks
 from mora_jax.methods import boundaries, gates
 from mora_jax.methods.boundaries import BOUNDARIES
 from mora_jax.methods.initializers import INITIALIZERS
-from mora_jax.methods.method import EXPERTS, KERNELS, Method, from_config
+from mora_jax.methods.method import EXPERTS, Method, from_config
 from mora_jax.methods.presets import PRESETS, preset
+from mora_jax.ops.gated_projection import compiling_for
 
 SITES = {
     ("layers", "attn", "q"): banks.Site(layers=2, d_in=6, d_out=5),
