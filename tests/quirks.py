@@ -161,7 +161,7 @@ def _clipped_backward_transfer() -> Patch:
 
 
 class Quirk(NamedTuple):
-    """`item`: its number in the list of what the published code does; `half`: which half of that code has it."""
+    """`item`: differences are numbered 1 to 7, and one that shows in two ways has two rows; `half`: of that code."""
 
     item: int
     half: str
@@ -169,7 +169,7 @@ class Quirk(NamedTuple):
     patch: Callable[[], Patch]
 
 
-# Item 4 of that list, a threshold after the softmax without normalising again, is the paper's own Eq. 8: no quirk.
+# Item 4, a threshold after the softmax without normalising again, is the paper's own Eq. 8: no quirk.
 QUIRKS: Mapping[str, Quirk] = {
     "scale_lost_at_freeze": Quirk(
         1, "TRACE", "the scale applies to fresh experts only: at scale 2 a task's part halves when it is frozen",

@@ -169,7 +169,7 @@ def test_the_published_clip_layer_fails_below_rank_two_and_ours_does_not() -> No
 
 
 def test_the_threshold_after_the_softmax_is_no_quirk() -> None:
-    """Item 4 of the list is the paper's Eq. 8: both cut gates by their score and leave the others as they are."""
+    """Item 4 is the paper's Eq. 8: both cut gates by their score and leave the others as they are."""
     torch = pytest.importorskip("torch", reason="torch is the other side of the comparison")
     from published_layer import PublishedLayer
 
