@@ -6,7 +6,6 @@ Only safetensors is read: pickles run code when loaded. Nothing from the folder 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,33 +62,34 @@ def load_config(folder: Path) -> DecoderConfig:
 def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
     """Read the weights of a folder, sharded or not, as numpy arrays of `dtype` in the decoder's layout.
 
-    The host holds the model in `dtype` plus one tensor. Rotary frequency buffers, and the copy of the embeddings that
-    some tied models store as `lm_head.weight`, are skipped. Raises MoraError for a folder without safetensors, a broken
+    The host holds the model in `dtype` plus a few tensors. Rotary frequency buffers, and the copy of the embeddings
+    that some tied models store as `lm_head.weight`, are skipped. Raises MoraError for a folder without safetensors, a broken
     file, and a missing, unexpected, wrongly shaped or non-float tensor.
     """
     folder = Path(folder)
-    with ExitStack() as stack:
-        owners: dict[str, tuple[Any, Path]] = {}
-        for path in _weight_files(folder):
-            try:
-                file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-            except (OSError, safetensors.SafetensorError) as error:
-                raise MoraError(f"{path}: not a readable safetensors file ({error})") from error
-            owners |= dict.fromkeys(file.keys(), (file, path))
+    owners: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(folder):
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                    owners[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise MoraError(f"{path}: not a readable safetensors file ({error})") from error
 
-        def read(name: str) -> np.ndarray:
-            file, path = owners[name]
+    def read(name: str) -> np.ndarray:
+        path = owners[name]
+        with safetensors.safe_open(path, framework="numpy") as file:  # opened anew: closing gives its pages back
             kind = file.get_slice(name).get_dtype()
             if kind not in _DTYPES:
                 raise MoraError(f"{path}: tensor {name!r} has dtype {kind}; known: {', '.join(_DTYPES)}")
             return file.get_tensor(name)
 
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in owners.items()}
-        ignored = {"lm_head.weight"} if config.tie_embeddings else set()
-        return assemble(
-            config, dtype, "hf", shapes, read, folder,
-            ignored=lambda name: name in ignored or name.endswith("rotary_emb.inv_freq"),
-        )  # fmt: skip
+    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
+    return assemble(
+        config, dtype, "hf", shapes, read, folder,
+        ignored=lambda name: name in ignored or name.endswith("rotary_emb.inv_freq"),
+    )  # fmt: skip
 
 
 def save_params(params: Params, config: DecoderConfig, folder: Path) -> None:

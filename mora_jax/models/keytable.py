@@ -8,6 +8,7 @@ Readers and writers walk this table and hold no names of their own. Hugging Face
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,8 @@ from mora_jax.errors import MoraError
 from mora_jax.models.decoder_config import DecoderConfig
 
 # A nested dict of arrays, the "params" collection of the decoder.
+READERS = 2  # tensors that are read at a time; each may be held twice, as stored and as it will be
+BLOCK = 128  # rows and columns of a transposed copy that stay in the cache
 Params = dict[str, Any]
 Format = Literal["hf", "gguf"]
 
@@ -128,7 +131,7 @@ def assemble(
     """Build the decoder's parameters from a file, one tensor at a time.
 
     `shapes` maps every tensor of the file to its stored shape, `read` returns one of them in that shape. Each stacked
-    array is allocated once in `dtype`, so the host holds the model plus one tensor. Returns numpy arrays.
+    array is allocated once in `dtype`, so the host holds the model plus the tensors being read. Returns numpy arrays.
     Raises MoraError, before anything is read, for a missing tensor, a wrong shape, or a tensor that the config has no
     place for and that is not `ignored`.
     """
@@ -136,13 +139,37 @@ def assemble(
     _check_shapes(wanted, shapes, config, source, ignored)
     dtype = np.dtype(dtype)
     flat = {row.ours: np.empty(param_shape(row, config), dtype) for row in rows(config)}
-    for row, layer, name, _ in wanted:
+
+    def store(entry: Entry) -> None:
+        row, layer, name, _ = entry
         tensor = read(name)
         if fmt == "gguf" and row.rotary:
             tensor = unpermute_rotary(tensor, getattr(config, row.rotary))
-        # The assignment casts, so no second array in the target dtype is made.
-        flat[row.ours][... if layer is None else layer] = tensor.T if row.transform == "transpose" else tensor
+        target = flat[row.ours] if layer is None else flat[row.ours][layer]
+        _copy(tensor, target, transposed=row.transform == "transpose")
+
+    with ThreadPoolExecutor(READERS) as pool:  # numpy and safetensors leave the interpreter free while they copy
+        for _ in pool.map(store, wanted):
+            pass
     return unflatten_dict(flat, sep="/")
+
+
+def _copy(tensor: Shaped[np.ndarray, "..."], target: Shaped[np.ndarray, "..."], *, transposed: bool) -> None:
+    """target = tensor, or its transpose; cast to target's dtype.
+
+    As bit patterns, for numpy copies bfloat16 element by element; and in blocks, for a whole transpose leaves the cache
+    at every element.
+    """
+    if tensor.dtype != target.dtype:
+        tensor = tensor.astype(target.dtype)
+    bits = np.dtype(f"u{target.itemsize}")
+    tensor, target = tensor.view(bits), target.view(bits)
+    if not transposed:
+        target[...] = tensor
+        return
+    for i in range(0, target.shape[0], BLOCK):
+        for j in range(0, target.shape[1], BLOCK):
+            target[i : i + BLOCK, j : j + BLOCK] = tensor[j : j + BLOCK, i : i + BLOCK].T
 
 
 def unpermute_rotary(tensor: Shaped[np.ndarray, "rows *rest"], heads: int) -> Shaped[np.ndarray, "rows *rest"]:
