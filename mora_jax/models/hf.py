@@ -63,8 +63,8 @@ def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
     """Read the weights of a folder, sharded or not, as numpy arrays of `dtype` in the decoder's layout.
 
     The host holds the model in `dtype` plus a few tensors. Rotary frequency buffers, and the copy of the embeddings
-    that some tied models store as `lm_head.weight`, are skipped. Raises MoraError for a folder without safetensors, a broken
-    file, and a missing, unexpected, wrongly shaped or non-float tensor.
+    that some tied models store as `lm_head.weight`, are skipped. Raises MoraError for a folder without safetensors, a
+    broken file, and a missing, unexpected, wrongly shaped or non-float tensor.
     """
     folder = Path(folder)
     owners: dict[str, Path] = {}
