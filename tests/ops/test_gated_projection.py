@@ -432,3 +432,32 @@ def test_gates_are_a_sparse_mixture_that_sees_one_token_at_a_time(x, keys, k, li
     moved_y, moved_g, *_ = run_case(case, implementation, data)
     np.testing.assert_allclose(moved_g, g[list(order)], atol=1e-6)
     np.testing.assert_allclose(moved_y, y[list(order)], atol=1e-5)
+
+
+# Few sizes, so that few programs are compiled; every setting meets every other one.
+sweeps = st.builds(
+    Case,
+    k=st.sampled_from([1, 3, 18, 64]),
+    n=st.sampled_from([1, 33]),
+    r=st.sampled_from([0, 5]),
+    live=st.sampled_from([0, 1]),
+    tokens=st.sampled_from([(1,), (13,)]),
+    tau=st.sampled_from([0.03, 1.0]),
+    threshold=st.sampled_from([0.0, 0.2]),
+    mode=st.sampled_from(["absolute", "relative"]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(case=sweeps, seed=st.integers(0, 99), size=st.sampled_from([1e-6, 1.0, 1e6]))
+def test_sweeps_agree_with_the_paper_in_float64(implementation, case, seed, size):
+    case = dataclasses.replace(case, live=case.n if case.live else case.n // 2)
+    data = arrays(case, seed)
+    data[0] = data[0] * np.float32(2.0 ** np.round(np.log2(size)))  # a power of two keeps bfloat16 exact
+    expected, gap = expect(case, data)
+    hypothesis.assume(gap.min() > GAP)
+    found = run_case(case, implementation, data)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, case.dtype)
