@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def gradients(how, interpret, saved, dy):
+    raise NotImplementedError
