@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from mora_jax.ops.gated_projection import pallas_tpu_backward
+from mora_jax.ops.gated_projection import xla
+from mora_jax.ops.gated_projection.pallas_tpu_backward import gradients
 from mora_jax.ops.gated_projection.pallas_tpu_gate import (
     MATRIX,
     Rows,
-    columns,
+    each_slice,
     fold_bank,
     fold_fresh,
     gate,
@@ -73,7 +74,16 @@ def _forward(x, keys, values, fresh_keys, fresh_values, live, how, interpret):
 
 
 def _backward(how, interpret, saved, dy):
-    return pallas_tpu_backward.gradients(how, interpret, saved, dy)
+    x, keys, values, fresh_keys, fresh_values, live = saved
+    if fresh_keys is None:  # every row has a gradient, and such banks are small: nothing to save
+        _, vjp = jax.vjp(lambda x, keys, values: xla.project(x, keys, values, None, None, live, how), x, keys, values)
+        return *vjp(dy), None, None, None
+    fresh = fresh_keys.shape[0]
+    banks = pad_banks(keys, fresh_keys), pad_banks(values, fresh_values)
+    live = jnp.reshape(live, 1).astype(jnp.int32)
+    dx, d_keys, d_values = gradients(pad_tokens(x), *banks, live, pad_tokens(dy), fresh, how, interpret)
+    d_fresh = d_keys.astype(fresh_keys.dtype), d_values.astype(fresh_values.dtype)
+    return dx[: x.shape[0]], None, None, *d_fresh, None
 
 
 project.defvjp(_forward, _backward)
@@ -189,16 +199,17 @@ def _answer(y_ref, sum_ref, c_ref, values, rows: Rows):
     """y = c . values for the columns that are in fast memory."""
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    def add(bank_ref, offset):
+    def add(bank_ref, offset, cut):
         def body(start, size, _):
-            for first, width in columns(y_ref.shape[1], 512):
-                cut = slice(first, first + width)
-                v = bank_ref[pl.ds(start, size), cut].astype(c_ref.dtype)
-                sum_ref[:, cut] += product(c_ref[:, pl.ds(offset + start, size)], v, MATRIX)
+            v = bank_ref[pl.ds(start, size), cut].astype(c_ref.dtype)
+            sum_ref[:, cut] += product(c_ref[:, pl.ds(offset + start, size)], v, MATRIX)
 
         return body
 
-    fold_bank(rows, add(values[0], 0))
-    if rows.fresh_rows:
-        fold_fresh(rows, add(values[1], rows.bank))
+    def over(cut):
+        fold_bank(rows, add(values[0], 0, cut))
+        if rows.fresh_rows:
+            fold_fresh(rows, add(values[1], rows.bank, cut))
+
+    each_slice(y_ref.shape[1], over)
     y_ref[...] = sum_ref[...].astype(y_ref.dtype)

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from mora_jax.ops.gated_projection.reference import FLOOR
-from mora_jax.ops.gated_projection.tiles import BLOCK, LANES
+from mora_jax.ops.gated_projection.tiles import BLOCK, LANES, whole_lanes
 from mora_jax.ops.gated_projection.xla import Selection
 
 LOWEST = jnp.iinfo(jnp.int32).min  # below the order of every score: a row without an expert
 HIGHEST = jax.lax.Precision.HIGHEST
 CONTRACT_COLUMNS = (((1,), (1,)), ((), ()))
-CONTRACT_ROWS = (((0,), (0,)), ((), ()))
 MATRIX = (((1,), (0,)), ((), ()))
 
 
@@ -66,9 +65,17 @@ def fold(rows: Rows, body, carry=None):
     return fold_fresh(rows, lambda start, size, c: body(rows.bank + start, size, c), carry)
 
 
-def columns(width: int, at_most: int):
-    """Slices of at most `at_most` columns, each a whole number of lanes unless it is the last."""
-    return [(start, min(at_most, width - start)) for start in range(0, width, at_most)]
+def each_slice(width: int, body, at_most: int = 512) -> None:
+    """body(columns) over equal slices of `width` columns; one slice where it is no multiple of a register."""
+    size = whole_lanes(width, at_most)
+    if size == width:
+        body(pl.ds(0, width))
+        return
+
+    def step(i, _):
+        body(pl.ds(pl.multiple_of(i * size, LANES), size))
+
+    jax.lax.fori_loop(0, width // size, step, None)
 
 
 def bf16_parts(a: jax.Array) -> list[jax.Array]:
@@ -85,31 +92,36 @@ def bf16_parts(a: jax.Array) -> list[jax.Array]:
 
 
 def product(a: jax.Array, b: jax.Array, dimensions, *, exact: bool = False) -> jax.Array:
-    """A float32 product: at full precision for a float32 `b`, else in one pass, or as many as `a` has parts if exact."""
+    """A float32 product: at full precision for a float32 `b`, else in one pass, or as many as `a` has parts if exact.
+
+    The parts go through as one taller matrix, so that `b` is loaded into the matrix unit once.
+    """
     if b.dtype == jnp.float32:
         return jax.lax.dot_general(
             a.astype(jnp.float32), b, dimensions, precision=HIGHEST, preferred_element_type=jnp.float32
         )
     parts = bf16_parts(a) if exact else [a.astype(b.dtype)]
-    return sum(jax.lax.dot_general(p, b, dimensions, preferred_element_type=jnp.float32) for p in parts)
+    tall = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    found = jax.lax.dot_general(tall, b, dimensions, preferred_element_type=jnp.float32)
+    return sum(found[i * a.shape[0] : (i + 1) * a.shape[0]] for i in range(len(parts))) if len(parts) > 1 else found
 
 
 def respond(out_ref, tokens_ref, banks, rows: Rows, *, exact: bool) -> None:
     """out [rows, tokens] += bank . tokens^T for the columns that are in fast memory, live blocks only."""
 
-    def add(bank_ref, offset):
+    def add(bank_ref, offset, cut):
         def body(start, size, _):
-            at = pl.ds(start, size)
-            for first, width in columns(tokens_ref.shape[1], 512):
-                cut = slice(first, first + width)
-                part = product(bank_ref[at, cut], tokens_ref[:, cut], CONTRACT_COLUMNS, exact=exact)
-                out_ref[pl.ds(offset + start, size), :] += part
+            part = product(bank_ref[pl.ds(start, size), cut], tokens_ref[:, cut], CONTRACT_COLUMNS, exact=exact)
+            out_ref[pl.ds(offset + start, size), :] += part
 
         return body
 
-    fold_bank(rows, add(banks[0], 0))
-    if rows.fresh_rows:
-        fold_fresh(rows, add(banks[1], rows.bank))
+    def over(cut):
+        fold_bank(rows, add(banks[0], 0, cut))
+        if rows.fresh_rows:
+            fold_fresh(rows, add(banks[1], rows.bank, cut))
+
+    each_slice(tokens_ref.shape[1], over)
 
 
 class Gate(NamedTuple):

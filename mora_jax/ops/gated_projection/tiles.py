@@ -28,7 +28,7 @@ def padded_rows(rows: int) -> int:
     return round_up(max(rows, 1), ROWS if rows <= BLOCK else BLOCK)
 
 
-def _columns(d: int, at_most: int) -> int:
+def whole_lanes(d: int, at_most: int) -> int:
     """The widest slice of d that is a whole number of lanes, divides d and is not above `at_most`."""
     if d % LANES or d <= at_most:
         return d
@@ -45,7 +45,7 @@ def tpu_tiles(tokens: int, d_in: int, d_out: int, rows: int, itemsize: int, back
         if tile > min(largest, round_up(tokens, LANES)):
             continue
         for at_most in (4096, 2048, 1024, 512):
-            tiles = Tiles(tile, _columns(d_in, at_most), _columns(d_out, at_most))
+            tiles = Tiles(tile, whole_lanes(d_in, at_most), whole_lanes(d_out, at_most))
             if tpu_vmem(tiles, d_in, d_out, rows, itemsize, backward) <= TPU_VMEM:
                 return tiles
     return None
