@@ -5,9 +5,7 @@ Needs      torch and transformers (requirements-dev.txt) for the PyTorch column
 Result     experiments/results/bench_train_step.json
 
 Shape: SmolLM2-135M, 8 x 128 tokens, q, k, v, o adapted, float32, the loss on the last quarter of the positions. n
-experts per site, 8 of them trainable. Every contestant lives in a process of its own, with the memory to itself, and
-they take turns, because the machines are noisy: what to quote is the ratio of medians within one run. A turn is a few
-steps on end, as in training; the first is not counted, for it pays for what the contestant before it did to the caches.
+experts per site, 8 of them trainable. The contestants take turns as `turns.py` says: quote the ratio of medians.
 "published" is our transcription of the layer that the authors describe (arXiv 2506.21035, Eq. 4 to 8; top-k, scatter,
 alpha / r on the fresh values) inside transformers' Llama, with its loss over the whole sequence; it is here to compare
 speed and shares no code with theirs.
@@ -17,20 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from turns import Step, take_turns
 
 from mora_jax.config import load
 from mora_jax.methods import bank as banks
@@ -49,7 +47,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs/llm_cl.py")
 BATCH, LENGTH, ANSWER, FRESH = 8, 128, 32, 8
 STEPS = 3  # counted, in a turn
-Step = Callable[[], None]
 
 
 def jax_step(name: str, experts: int, remat: str) -> Step:
@@ -134,38 +131,6 @@ def torch_step(experts: int) -> Step:
     return run
 
 
-def serve(connection: Connection, name: str, experts: int, remat: str) -> None:
-    """A contestant's process: takes as many steps as each message says and answers with their seconds."""
-    step = torch_step(experts) if name == "published_pytorch" else jax_step(name, experts, remat)
-    while steps := connection.recv():
-        seconds = []
-        for _ in range(steps):
-            started = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - started)
-        connection.send(seconds)
-
-
-def take_turns(names: Sequence[str], experts: int, remat: str, turns: int) -> dict[str, list[float]]:
-    """Seconds of each counted step. A round before the first compiles."""
-    processes = multiprocessing.get_context("spawn")
-    contestants, seconds = {}, {name: [] for name in names}
-    for name in names:
-        here, there = processes.Pipe()
-        process = processes.Process(target=serve, args=(there, name, experts, remat), daemon=True)
-        process.start()
-        there.close()  # so that a contestant that dies ends the wait for its answer
-        contestants[name] = (process, here)
-    for turn in range(turns + 1):
-        for name, (_, connection) in contestants.items():
-            connection.send(1 + STEPS if turn else 1)
-            seconds[name] += connection.recv()[1:]
-    for process, connection in contestants.values():
-        connection.send(0)
-        process.join()
-    return seconds
-
-
 def compare(seconds: Mapping[str, Sequence[float]], experts: int) -> dict:
     """A row of the result, printed as it comes."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -206,11 +171,12 @@ def main() -> None:
     parser.add_argument("--remat", default="dots", help="none, dots or full")
     options = parser.parse_args()
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as launch.sh does
-    names = ["mora", "inc_lora", *([] if options.no_torch else ["published_pytorch"])]
-    rows = [
-        compare(take_turns(names, experts, options.remat, options.turns), experts)
-        for experts in map(int, options.experts.split(","))
-    ]
+    rows = []
+    for experts in map(int, options.experts.split(",")):
+        contestants = {name: partial(jax_step, name, experts, options.remat) for name in ("mora", "inc_lora")}
+        if not options.no_torch:
+            contestants["published_pytorch"] = partial(torch_step, experts)
+        rows.append(compare(take_turns(contestants, options.turns, STEPS), experts))
     result = {
         "what": __doc__.splitlines()[0],
         "command": " ".join(["python", "experiments/bench_train_step.py", *sys.argv[1:]]),

@@ -349,7 +349,7 @@ def _ones(*shape: int) -> np.ndarray:
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": float("nan")}, "temperature must be positive"),
         ({"threshold_mode": "soft"}, "'soft' is none of absolute, relative"),
-        ({"implementation": "cuda"}, "'cuda' is not available here; known: reference, xla"),
+        ({"implementation": "cuda"}, "'cuda' is not available on platform 'cpu'; known: reference, xla"),
         ({"live": 7}, r"live must lie in 0\.\.6"),
         ({"live": np.int32(-1)}, r"live must lie in 0\.\.6"),
         ({"fresh_keys": _ones(2, 4)}, "come together"),

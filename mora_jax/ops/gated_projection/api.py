@@ -1,8 +1,12 @@
-"""The public face of the op: checks arguments, joins frozen and fresh rows, picks an implementation."""
+"""The public face of the op: checks arguments, picks an implementation, falls back with a stated reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -12,30 +16,64 @@ from jaxtyping import Array, Float, Int
 from mora_jax.ops.gated_projection import reference, xla
 
 THRESHOLD_MODES = ("absolute", "relative")
+_log = logging.getLogger(__name__)
 
 
-def _run_reference(x, keys, values, exists, how: xla.Selection, frozen: int):
-    def fixed(a):
-        return jnp.concatenate([jax.lax.stop_gradient(a[:frozen]), a[frozen:]])
+def _run_reference(x, keys, values, fresh_keys, fresh_values, live, how: xla.Selection):
+    rows, all_values = (_constant_first(a, b) for a, b in ((keys, fresh_keys), (values, fresh_values)))
+    exists = _exists(keys, fresh_keys, live)
+    return reference.gated_projection(x, rows, all_values, exists, **how._asdict())
 
-    return reference.gated_projection(x, fixed(keys), fixed(values), exists, **how._asdict())
+
+def _reference_gates(x, keys, fresh_keys, live, how: xla.Selection):
+    z = reference.responses(x, xla.joined(keys, fresh_keys))
+    return reference.gates(z, _exists(keys, fresh_keys, live), **how._asdict())
 
 
-def _reference_gates(x, keys, exists, how: xla.Selection):
-    return reference.gates(reference.responses(x, keys), exists, **how._asdict())
+def _constant_first(frozen, fresh):
+    return frozen if fresh is None else xla.joined(jax.lax.stop_gradient(frozen), fresh)
+
+
+def _exists(keys, fresh_keys, live):
+    index = jnp.arange(keys.shape[0] + (0 if fresh_keys is None else fresh_keys.shape[0]))
+    return (index < live) | (index >= keys.shape[0])
 
 
 class Implementation(NamedTuple):
-    """`project(x, keys, values, exists, how, frozen)` -> y and `gates(x, keys, exists, how)` -> g, for x [t, d_in]."""
+    """How y and g are computed, for x [t, d_in] and checked arguments.
+
+    `project(x, keys, values, fresh_keys, fresh_values, live, how)` -> y; `gates(x, keys, fresh_keys, live, how)` -> g;
+    `platform`: where it runs, None = everywhere; `unsupported(x, keys, values, fresh_keys, how)`: why it cannot run on
+    these shapes and dtypes, None if it can.
+    """
 
     project: Callable
     gates: Callable
+    platform: str | None = None
+    unsupported: Callable[..., str | None] = lambda *arguments: None
 
 
 IMPLEMENTATIONS = {
     "reference": Implementation(_run_reference, _reference_gates),
     "xla": Implementation(xla.gated_projection, xla.gates),
 }
+KERNELS = {made.platform: name for name, made in IMPLEMENTATIONS.items() if made.platform}
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Within it the best implementation is that of `platform` (cpu, gpu, tpu), for compilation ahead of time."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: what is compiled for."""
+    return _target.get() or jax.default_backend()
 
 
 def gated_projection(
@@ -60,12 +98,13 @@ def gated_projection(
     means min(top_k, live + r). `threshold` 0.0 switches Eq. 8 off. Scores, softmax and sums are float32; the result
     has the dtype of x. Raises ValueError for shapes that do not fit and for values without a meaning.
     """
-    keys, values, frozen = _join(keys, values, fresh_keys, fresh_values)
-    has_fresh = fresh_keys is not None
-    tokens, exists, how, implemented = _prepare(
-        x, keys, frozen, has_fresh, top_k, temperature, threshold, threshold_mode, live, implementation
-    )
-    y = implemented.project(tokens, keys, values, exists, how, frozen if has_fresh else 0)
+    _check_rows(x, keys, values, fresh_keys, fresh_values)
+    how, live = _selection(top_k, temperature, threshold, threshold_mode), _live(live, keys.shape[0])
+    tokens = x.reshape(-1, x.shape[-1])
+    implemented = _implementation(implementation, (tokens, keys, values, fresh_keys, how))
+    if fresh_keys is not None:
+        keys, values = jax.lax.stop_gradient((keys, values))
+    y = implemented.project(tokens, keys, values, fresh_keys, fresh_values, live, how)
     return y.reshape(*x.shape[:-1], values.shape[-1])
 
 
@@ -84,39 +123,35 @@ def gates(
     implementation: str | None = None,
 ) -> Float[Array, "... n_plus_r"]:
     """g for every expert, float32, fresh experts last, zero where an expert does not exist. Arguments as above."""
-    keys, _, frozen = _join(keys, values, fresh_keys, fresh_values)
-    tokens, exists, how, implemented = _prepare(
-        x, keys, frozen, fresh_keys is not None, top_k, temperature, threshold, threshold_mode, live, implementation
-    )
-    return implemented.gates(tokens, keys, exists, how).reshape(*x.shape[:-1], keys.shape[0])
+    _check_rows(x, keys, values, fresh_keys, fresh_values)
+    how, live = _selection(top_k, temperature, threshold, threshold_mode), _live(live, keys.shape[0])
+    tokens = x.reshape(-1, x.shape[-1])
+    implemented = _implementation(implementation, (tokens, keys, values, fresh_keys, how))
+    g = implemented.gates(tokens, keys, fresh_keys, live, how)
+    return g.reshape(*x.shape[:-1], g.shape[-1])
 
 
-def _join(keys, values, fresh_keys, fresh_values):
-    """One array of rows each, and how many of its leading rows came from keys and values."""
+def _check_rows(x, keys, values, fresh_keys, fresh_values) -> None:
     if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
         raise ValueError(f"keys [n, d_in] and values [n, d_out] need equal n; got {keys.shape} and {values.shape}")
-    if (fresh_keys is None) != (fresh_values is None):
-        raise ValueError("fresh_keys and fresh_values come together")
-    if fresh_keys is None:
-        return keys, values, keys.shape[0]
-    if fresh_keys.shape != (fresh_values.shape[0], keys.shape[1]) or fresh_values.shape[1] != values.shape[1]:
-        raise ValueError(
-            f"fresh rows must continue keys {keys.shape} and values {values.shape}; "
-            f"got {fresh_keys.shape} and {fresh_values.shape}"
-        )
-    frozen = keys.shape[0]
-    keys = jnp.concatenate([jax.lax.stop_gradient(keys).astype(fresh_keys.dtype), fresh_keys])
-    values = jnp.concatenate([jax.lax.stop_gradient(values).astype(fresh_values.dtype), fresh_values])
-    return keys, values, frozen
-
-
-def _prepare(x, keys, frozen, has_fresh, top_k, temperature, threshold, threshold_mode, live, implementation):
-    """x as [tokens, d_in], which rows exist, the static half of the gate, and who computes it."""
     if x.ndim < 1 or x.shape[-1] != keys.shape[1]:
         raise ValueError(f"x [..., d_in] must end in the d_in of keys {keys.shape}; got {x.shape}")
-    how = _selection(top_k, temperature, threshold, threshold_mode)
-    exists = _exists(live, keys.shape[0], frozen, has_fresh)
-    return x.reshape(-1, x.shape[-1]), exists, how, _implementation(implementation)
+    if (fresh_keys is None) != (fresh_values is None):
+        raise ValueError("fresh_keys and fresh_values come together")
+    arrays = {"x": x, "keys": keys, "values": values}
+    if fresh_keys is not None:
+        ranks = fresh_keys.ndim == fresh_values.ndim == 2
+        if not ranks or fresh_keys.shape[1] != keys.shape[1] or fresh_values.shape != (
+            fresh_keys.shape[0], values.shape[1],
+        ):  # fmt: skip
+            raise ValueError(
+                f"fresh rows must continue keys {keys.shape} and values {values.shape}; "
+                f"got {fresh_keys.shape} and {fresh_values.shape}"
+            )
+        arrays |= {"fresh_keys": fresh_keys, "fresh_values": fresh_values}
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of a float dtype; got {array.dtype}")
 
 
 def _selection(top_k, temperature, threshold, threshold_mode) -> xla.Selection:
@@ -129,18 +164,27 @@ def _selection(top_k, temperature, threshold, threshold_mode) -> xla.Selection:
     return xla.Selection(int(top_k), float(temperature), float(threshold), threshold_mode)
 
 
-def _exists(live, rows: int, frozen: int, has_fresh: bool):
+def _live(live, n: int) -> Int[Array, ""]:
     if live is None:
-        return jnp.ones(rows, bool)
-    if not isinstance(live, jax.core.Tracer) and not 0 <= int(live) <= frozen:
-        raise ValueError(f"live must lie in 0..{frozen}, the rows of keys; got {int(live)}")
-    index = jnp.arange(rows)
-    exists = index < live
-    return exists | (index >= frozen) if has_fresh else exists
+        return jnp.int32(n)
+    if not isinstance(live, jax.core.Tracer) and not 0 <= int(live) <= n:
+        raise ValueError(f"live must lie in 0..{n}, the rows of keys; got {int(live)}")
+    return jnp.asarray(live, jnp.int32)
 
 
-def _implementation(name: str | None) -> Implementation:
-    name = name or "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {name!r} is not available here; known: {', '.join(sorted(IMPLEMENTATIONS))}")
+def _implementation(name: str | None, arguments: tuple) -> Implementation:
+    """The named implementation, or the best one of the platform; xla, with a reason in the log, where it cannot run."""
+    here = platform()
+    known = [known for known, made in IMPLEMENTATIONS.items() if made.platform in (None, here)]
+    name = name or KERNELS.get(here, "xla")
+    if name not in known:
+        raise ValueError(f"implementation {name!r} is not available on platform {here!r}; known: {', '.join(known)}")
+    if reason := IMPLEMENTATIONS[name].unsupported(*arguments):
+        _say_once(f"gated_projection: {name} cannot run here ({reason}); xla computes it instead")
+        name = "xla"
     return IMPLEMENTATIONS[name]
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)

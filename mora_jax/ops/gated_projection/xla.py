@@ -3,6 +3,9 @@
 Two things make routing nearly free. The scores lie as [experts, tokens], so every reduction over experts runs along the
 leading axis and vectorises over tokens. And the k-th largest score is found exactly without sorting: by k rounds of
 "largest that is left" while k is small, otherwise by 32 steps of bit descent on order-preserving integers.
+
+Frozen and fresh rows are joined here, outside of what is differentiated: a copy of n rows is cheaper than a second pass
+over t rows of output (measured on CPU, where n <= t).
 """
 
 from __future__ import annotations
@@ -70,80 +73,131 @@ def _kept_by_descent(s: Float[Array, "n t"], k: int) -> Bool[Array, "n t"]:
     return above | (tied & (index < end))
 
 
-def _gate(z: Float[Array, "n t"], exists: Bool[Array, " n"], how: Selection):
+def _exists(n: int, live: Int[Array, ""], fresh: int) -> Bool[Array, "rows 1"]:
+    """Which of n frozen rows, followed by the fresh ones, hold an expert."""
+    index = jnp.arange(n + fresh)[:, None]
+    return (index < live) | (index >= n)
+
+
+def gate(z: Float[Array, "n t"], exists: Bool[Array, "n 1"], how: Selection):
     """From responses that are zero where no expert exists: scores s, softmax p (Eq. 7), gates g (Eq. 8) and 1/||z||."""
     norm2 = jnp.sum(z * z, axis=0, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.maximum(norm2, FLOOR))
     s = z * inverse
-    alive = exists[:, None]
     if how.top_k >= z.shape[0]:
-        kept = jnp.broadcast_to(alive, s.shape)
+        kept = jnp.broadcast_to(exists, s.shape)
     else:
         select = _kept_by_rounds if how.top_k <= ROUNDS_UP_TO else _kept_by_descent
-        kept = select(jnp.where(alive, s, -jnp.inf), how.top_k) & alive
+        kept = select(jnp.where(exists, s, -jnp.inf), how.top_k) & exists
     peak = jnp.max(jnp.where(kept, s, -jnp.inf), axis=0, keepdims=True)
     weight = jnp.where(kept, jnp.exp((jnp.where(kept, s, peak) - peak) * (1.0 / how.temperature)), 0.0)
     total = jnp.sum(weight, axis=0, keepdims=True)
     p = weight / jnp.where(total == 0.0, 1.0, total)
     g = p
     if how.threshold != 0.0:
-        best = jnp.max(jnp.where(alive, s, -jnp.inf), axis=0, keepdims=True)
-        absolute = how.threshold_mode == "absolute"
-        bar = how.threshold if absolute else jnp.where(best > 0, how.threshold * best, jnp.inf)
-        g = jnp.where(s >= bar, p, 0.0)
+        g = jnp.where(s >= _bar(jnp.max(jnp.where(exists, s, -jnp.inf), axis=0, keepdims=True), how), p, 0.0)
     return s, p, g, jnp.where(norm2 > FLOOR, inverse, 0.0)
 
 
-def _respond(x: Float[Array, "t d_in"], keys: Float[Array, "n d_in"], exists: Bool[Array, " n"]) -> Float[Array, "n t"]:
+def _bar(best: Float[Array, "1 t"], how: Selection) -> Float[Array, "1 t"]:
+    """What a score must reach (Eq. 8), given the best score of each token."""
+    if how.threshold_mode == "absolute":
+        return jnp.full_like(best, how.threshold)
+    return jnp.where(best > 0, how.threshold * best, jnp.inf)
+
+
+def gate_backward(z, s, p, g, inverse, dc: Float[Array, "n t"], how: Selection) -> Float[Array, "n t"]:
+    """dz from dc, the cotangent of c = g z; the other arguments are `gate`'s."""
+    dg = jnp.where(g == p, dc * z, 0.0)  # no gradient through a gate that the threshold closed
+    ds = p * (dg - jnp.sum(p * dg, axis=0, keepdims=True)) * (1.0 / how.temperature)
+    dz = g * dc + (ds - s * jnp.sum(s * ds, axis=0, keepdims=True)) * inverse
+    return jnp.where(inverse == 0.0, 0.0, dz)  # below the floor a response is a constant
+
+
+def respond(x: Float[Array, "t d_in"], keys: Float[Array, "n d_in"], exists: Bool[Array, "n 1"]) -> Float[Array, "n t"]:
+    """z = keys x in float32, zero where no expert exists."""
     contract_inputs = (((1,), (1,)), ((), ()))
     z = jax.lax.dot_general(
         keys.astype(jnp.float32), x.astype(jnp.float32), contract_inputs, precision=jax.lax.Precision.HIGHEST
     )
-    return jnp.where(exists[:, None], z, 0.0)
+    return jnp.where(exists, z, 0.0)
 
 
-def gates(x, keys, exists, how: Selection) -> Float[Array, "t n"]:
+def joined(frozen: Float[Array, "n d"], fresh: Float[Array, "r d"] | None) -> Float[Array, "rows d"]:
+    """Frozen rows, then fresh ones."""
+    return frozen if fresh is None else jnp.concatenate([frozen.astype(fresh.dtype), fresh])
+
+
+def gates(x, keys, fresh_keys, live, how: Selection) -> Float[Array, "t rows"]:
     """g for every token; differentiable only through `gated_projection`."""
-    return _gate(_respond(x, keys, exists), exists, how)[2].T
+    exists = _exists(keys.shape[0], live, 0 if fresh_keys is None else fresh_keys.shape[0])
+    return gate(respond(x, joined(keys, fresh_keys), exists), exists, how)[2].T
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def gated_projection(
     x: Float[Array, "t d_in"],
     keys: Float[Array, "n d_in"],
     values: Float[Array, "n d_out"],
-    exists: Bool[Array, " n"],
+    fresh_keys: Float[Array, "r d_in"] | None,
+    fresh_values: Float[Array, "r d_out"] | None,
+    live: Int[Array, ""],
     how: Selection,
-    frozen: int,
 ) -> Float[Array, "t d_out"]:
-    """y = sum_i g_i z_i b_i; the first `frozen` rows of keys and values are constants."""
-    return _forward(x, keys, values, exists, how, frozen)[0]
+    """y = sum_i g_i z_i b_i; with fresh rows, keys and values are constants.
+
+    A few tokens before a large bank, as in decoding, read the values of the selected experts only.
+    """
+    if fresh_keys is None and 2 * x.shape[0] * how.top_k <= keys.shape[0]:
+        return decode(x, keys, values, live, how)
+    return _forward(x, keys, values, fresh_keys, fresh_values, live, how)[0]
 
 
-def _forward(x, keys, values, exists, how, frozen):
-    del frozen
-    z = _respond(x, keys, exists)
-    s, p, g, inverse = _gate(z, exists, how)
+def _forward(x, keys, values, fresh_keys, fresh_values, live, how):
+    exists = _exists(keys.shape[0], live, 0 if fresh_keys is None else fresh_keys.shape[0])
+    z = respond(x, joined(keys, fresh_keys), exists)
+    s, p, g, inverse = gate(z, exists, how)
     p = checkpoint_name(p, GATES)
     g = p if how.threshold == 0.0 else g
-    y = jnp.dot((g * z).T, values.astype(jnp.float32)).astype(x.dtype)
-    return y, (x, keys, values, z, s, p, g, inverse)
+    y = jnp.dot((g * z).T, joined(values, fresh_values).astype(jnp.float32)).astype(x.dtype)
+    return y, (x, keys, values, fresh_keys, fresh_values, z, s, p, g, inverse)
 
 
-def _backward(how, frozen, saved, dy):
-    x, keys, values, z, s, p, g, inverse = saved
-    dy = dy.astype(jnp.float32)
+def _backward(how, saved, dy):
+    x, keys, values, fresh_keys, fresh_values, z, s, p, g, inverse = saved
+    wide, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     contract_outputs = (((1,), (1,)), ((), ()))
-    dc = jax.lax.dot_general(values.astype(jnp.float32), dy, contract_outputs)  # [n t], c = g z
-    dg = jnp.where(g == p, dc * z, 0.0)  # no gradient through a gate that the threshold closed
-    ds = p * (dg - jnp.sum(p * dg, axis=0, keepdims=True)) * (1.0 / how.temperature)
-    dz = g * dc + (ds - s * jnp.sum(s * ds, axis=0, keepdims=True)) * inverse
-    dz = jnp.where(inverse == 0.0, 0.0, dz)  # below the floor a response is a constant
-    dx = jnp.dot(dz.T, keys.astype(jnp.float32)).astype(x.dtype)
-    d_keys = jnp.dot(dz[frozen:], x.astype(jnp.float32)).astype(keys.dtype)
-    d_values = jnp.dot((g * z)[frozen:], dy).astype(values.dtype)
-    rows = ((frozen, 0), (0, 0))
-    return dx, jnp.pad(d_keys, rows), jnp.pad(d_values, rows), None
+    dc = jax.lax.dot_general(joined(values, fresh_values).astype(jnp.float32), dy, contract_outputs)  # [rows t]
+    dz = gate_backward(z, s, p, g, inverse, dc, how)
+    dx = jnp.dot(dz.T, joined(keys, fresh_keys).astype(jnp.float32)).astype(x.dtype)
+    first = 0 if fresh_keys is None else keys.shape[0]  # of the rows that have a gradient
+    d_keys, d_values = jnp.dot(dz[first:], wide), jnp.dot((g * z)[first:], dy)
+    if fresh_keys is None:
+        return dx, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None, None, None
+    return dx, None, None, d_keys.astype(fresh_keys.dtype), d_values.astype(fresh_values.dtype), None
 
 
 gated_projection.defvjp(_forward, _backward)
+
+
+def decode(
+    x: Float[Array, "t d_in"],
+    keys: Float[Array, "n d_in"],
+    values: Float[Array, "n d_out"],
+    live: Int[Array, ""],
+    how: Selection,
+) -> Float[Array, "t d_out"]:
+    """The same y without a gradient; only t k rows of `values` are read."""
+    exists = _exists(keys.shape[0], live, 0)
+    z = respond(x, keys, exists)
+    norm2 = jnp.sum(z * z, axis=0, keepdims=True)
+    s = jnp.where(exists, z * jax.lax.rsqrt(jnp.maximum(norm2, FLOOR)) + 0.0, -jnp.inf)  # + 0.0: -0.0 ties with 0.0
+    top, index = jax.lax.top_k(s.T, min(how.top_k, keys.shape[0]))  # [t k], the lowest index first among ties
+    best = top[:, :1]
+    weight = jnp.where(top == -jnp.inf, 0.0, jnp.exp((top - best) * (1.0 / how.temperature)))
+    total = jnp.sum(weight, axis=1, keepdims=True)
+    g = weight / jnp.where(total == 0.0, 1.0, total)
+    if how.threshold != 0.0:
+        g = jnp.where(top >= _bar(best, how), g, 0.0)
+    c = g * jnp.take_along_axis(z.T, index, axis=1)
+    return jnp.einsum("tk,tkd->td", c, values[index].astype(jnp.float32)).astype(x.dtype)
