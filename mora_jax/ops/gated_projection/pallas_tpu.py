@@ -17,20 +17,31 @@ from jaxtyping import Array, Float, Int
 
 from mora_jax.ops.gated_projection import xla
 from mora_jax.ops.gated_projection.pallas_tpu_backward import gradients
+from mora_jax.ops.gated_projection.pallas_tpu_decode import answer
 from mora_jax.ops.gated_projection.pallas_tpu_gate import (
-    MATRIX,
+    Gate,
     Rows,
-    each_slice,
-    fold_bank,
-    fold_fresh,
+    contributions,
     gate,
-    open_gates,
-    product,
+    mix,
     respond,
-    strips,
+    stack_shape,
+    turn,
+    turned_columns,
 )
-from mora_jax.ops.gated_projection.tiles import LANES, TPU_VMEM, Tiles, padded_rows, round_up, tpu_tiles
+from mora_jax.ops.gated_projection.tiles import (
+    BLOCK,
+    LANES,
+    SLICE,
+    TPU_VMEM_LIMIT,
+    WIDEST,
+    Tiles,
+    padded_rows,
+    tpu_tiles,
+)
 from mora_jax.ops.gated_projection.xla import Selection
+
+DECODED_TOKENS = 32  # up to here rows of values are fetched one by one
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -46,9 +57,36 @@ def project(
 ) -> Float[Array, "t d_out"]:
     """y = sum_i g_i z_i b_i of `reference.py` over the first `live` rows of keys and values and all fresh rows.
 
-    With fresh rows keys and values are constants. `interpret` runs the kernels on the CPU, for tests.
+    With fresh rows keys and values are constants. A few tokens before a large bank are left to `decode`. `interpret`
+    runs the kernels on the CPU, for tests.
     """
+    if fresh_keys is None and x.shape[0] <= DECODED_TOKENS and 2 * x.shape[0] * how.top_k <= keys.shape[0]:
+        return decode(x, keys, values, fresh_keys, fresh_values, live, how, interpret)
     return _forward(x, keys, values, fresh_keys, fresh_values, live, how, interpret)[0]
+
+
+def decode(
+    x: Float[Array, "t d_in"],
+    keys: Float[Array, "n d_in"],
+    values: Float[Array, "n d_out"],
+    fresh_keys: Float[Array, "r d_in"] | None,
+    fresh_values: Float[Array, "r d_out"] | None,
+    live: Int[Array, ""],
+    how: Selection,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Float[Array, "t d_out"]:
+    """The same y without a gradient, for a few tokens: reads live keys and the values of the chosen experts only.
+
+    More than 128 tokens and values that are not float32 (rows that cannot be fetched singly) go through `project`'s
+    kernel.
+    """
+    float32 = all(v is None or v.dtype == jnp.float32 for v in (values, fresh_values))
+    if not 0 < x.shape[0] <= LANES or not float32:
+        return _forward(x, keys, values, fresh_keys, fresh_values, live, how, interpret)[0]
+    banks = pad_banks(keys, fresh_keys), pad_banks(values, fresh_values)
+    fresh = 0 if fresh_keys is None else fresh_keys.shape[0]
+    live = jnp.reshape(live, 1).astype(jnp.int32)
+    return answer(pad_tokens(x), *banks, live, fresh, x.shape[0], how, interpret)
 
 
 def unsupported(x, keys, values, fresh_keys, how: Selection) -> str | None:
@@ -56,10 +94,16 @@ def unsupported(x, keys, values, fresh_keys, how: Selection) -> str | None:
     del how
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"x is {x.dtype}, not float32 or bfloat16"
-    rows = padded_rows(keys.shape[0]) + (0 if fresh_keys is None else padded_rows(fresh_keys.shape[0]))
-    for backward in (False, True):
-        if tpu_tiles(x.shape[0], x.shape[1], values.shape[1], rows, x.dtype.itemsize, backward) is None:
-            return f"{rows} experts of {x.shape[1]} inputs and {values.shape[1]} outputs exceed VMEM"
+    if fresh_keys is not None and fresh_keys.shape[0] > BLOCK:
+        return f"{fresh_keys.shape[0]} fresh experts are more than {BLOCK}"
+    for d in (x.shape[1], values.shape[1]):
+        if d % LANES and d > WIDEST:
+            return f"width {d} is neither a multiple of {LANES} nor at most {WIDEST}"
+    bank, d_in, d_out = padded_rows(keys.shape[0]), x.shape[1], values.shape[1]
+    fresh = 0 if fresh_keys is None else padded_rows(fresh_keys.shape[0])
+    for gradient_rows in (None, fresh or None):
+        if tpu_tiles(x.shape[0], d_in, d_out, bank + fresh, x.dtype.itemsize, gradient_rows) is None:
+            return f"{bank} + {fresh} experts of {d_in} inputs and {d_out} outputs exceed VMEM"
     return None
 
 
@@ -76,7 +120,7 @@ def _forward(x, keys, values, fresh_keys, fresh_values, live, how, interpret):
 def _backward(how, interpret, saved, dy):
     x, keys, values, fresh_keys, fresh_values, live = saved
     if fresh_keys is None:  # every row has a gradient, and such banks are small: nothing to save
-        _, vjp = jax.vjp(lambda x, keys, values: xla.project(x, keys, values, None, None, live, how), x, keys, values)
+        _, vjp = jax.vjp(lambda *rows: xla.gated_projection(*rows, None, None, live, how), x, keys, values)
         return *vjp(dy), None, None, None
     fresh = fresh_keys.shape[0]
     banks = pad_banks(keys, fresh_keys), pad_banks(values, fresh_values)
@@ -102,8 +146,8 @@ def pad_tokens(x):
 
 def _fused(x, keys, values, live, fresh: int, how: Selection, interpret):
     (tokens, d_in), d_out = x.shape, values[0].shape[1]
-    total = sum(k.shape[0] for k in keys)
-    tiles = tpu_tiles(tokens, d_in, d_out, total, x.dtype.itemsize, backward=False)
+    bank, total = keys[0].shape[0], sum(k.shape[0] for k in keys)
+    tiles = tpu_tiles(tokens, d_in, d_out, total, x.dtype.itemsize)
     slices_in, slices_out = d_in // tiles.inputs, d_out // tiles.outputs
 
     def in_slice(i, j, live):
@@ -123,10 +167,12 @@ def _fused(x, keys, values, live, fresh: int, how: Selection, interpret):
         out_specs=pl.BlockSpec((tiles.tokens, tiles.outputs), lambda *at: (at[0], out_slice(*at))),
         scratch_shapes=[
             pltpu.VMEM((total, tiles.tokens), jnp.float32),
-            pltpu.VMEM((total, LANES), jnp.int32),
-            pltpu.VMEM((total, LANES), jnp.float32),
-            pltpu.VMEM((tiles.tokens, round_up(total, LANES)), x.dtype),
-            pltpu.VMEM((tiles.tokens, tiles.outputs), jnp.float32),
+            pltpu.VMEM((total, tiles.tokens), jnp.int32),
+            pltpu.VMEM((total, tiles.tokens), jnp.float32),
+            pltpu.VMEM((tiles.tokens, turned_columns(bank, total - bank)), x.dtype),
+            stack_shape(x.dtype, max(tiles.inputs, tiles.outputs), bank, total - bank),
+            pltpu.VMEM((tiles.tokens, min(tiles.outputs, SLICE)), jnp.float32),
+            pltpu.SMEM((pl.cdiv(total, BLOCK),), jnp.int32),
         ],
     )
     kernel = partial(_kernel, how=how, fresh=fresh, slices_in=slices_in)
@@ -135,7 +181,7 @@ def _fused(x, keys, values, live, fresh: int, how: Selection, interpret):
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct((tokens, d_out), x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=TPU_VMEM + (12 << 20)
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=TPU_VMEM_LIMIT
         ),
         cost_estimate=_cost(tokens, d_in, d_out, total, x.dtype.itemsize, tiles),
         interpret=interpret,
@@ -155,8 +201,8 @@ def _cost(tokens, d_in, d_out, rows, itemsize, tiles: Tiles) -> pl.CostEstimate:
     )
 
 
-def _kernel(live_ref, x_ref, keys, values, y_ref, z_ref, order_ref, weight_ref, c_ref, sum_ref, *, how, fresh, slices_in):
-    """c_ref is g z as [tokens, experts]."""
+def _kernel(live_ref, x_ref, keys, values, y_ref, *scratch, how, fresh, slices_in):
+    z_ref, order_ref, c_ref, turned_ref, stack_ref, sum_ref, active_ref = scratch
     rows = Rows(keys[0].shape[0], fresh, z_ref.shape[0] - keys[0].shape[0], live_ref[0])
     step = pl.program_id(1)
 
@@ -166,50 +212,19 @@ def _kernel(live_ref, x_ref, keys, values, y_ref, z_ref, order_ref, weight_ref, 
 
     @pl.when(step < slices_in)
     def _():
-        respond(z_ref, x_ref, keys, rows, exact=True)
+        respond(z_ref, x_ref, keys, stack_ref, rows, exact=True)
 
     @pl.when(step == slices_in - 1)
     def _():
-        for cols in strips(z_ref.shape[1]):
-            _mix(z_ref, order_ref, weight_ref, c_ref, rows, how, cols)
+        for block in range(active_ref.shape[0]):
+            active_ref[block] = 0
+
+        def finish(cols, passed: Gate):
+            contributions(z_ref, c_ref, active_ref, rows, cols, passed)
+            turn(turned_ref, c_ref, rows, cols)
+
+        gate(z_ref, order_ref, c_ref, rows, how, finish)
 
     @pl.when(step >= slices_in - 1)
     def _():
-        _answer(y_ref, sum_ref, c_ref, values, rows)
-
-
-def _mix(z_ref, order_ref, weight_ref, c_ref, rows: Rows, how: Selection, cols):
-    """Gates of one strip of tokens, stored as g z with experts along lanes."""
-    passed = gate(z_ref.at[:, cols], order_ref, weight_ref, rows, how, pl.ds(0, LANES))
-
-    def mix(offset):
-        def body(start, size, _):
-            at = pl.ds(offset + start, size)
-            z = z_ref[at, cols]
-            c = open_gates(weight_ref[at, :], z, passed)[1] * z
-            c_ref[cols, at] = c.T.astype(c_ref.dtype)
-
-        return body
-
-    fold_bank(rows, mix(0))
-    fold_fresh(rows, mix(rows.bank))
-
-
-def _answer(y_ref, sum_ref, c_ref, values, rows: Rows):
-    """y = c . values for the columns that are in fast memory."""
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-
-    def add(bank_ref, offset, cut):
-        def body(start, size, _):
-            v = bank_ref[pl.ds(start, size), cut].astype(c_ref.dtype)
-            sum_ref[:, cut] += product(c_ref[:, pl.ds(offset + start, size)], v, MATRIX)
-
-        return body
-
-    def over(cut):
-        fold_bank(rows, add(values[0], 0, cut))
-        if rows.fresh_rows:
-            fold_fresh(rows, add(values[1], rows.bank, cut))
-
-    each_slice(y_ref.shape[1], over)
-    y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+        mix(y_ref, turned_ref, values, stack_ref, sum_ref, rows, active_ref)

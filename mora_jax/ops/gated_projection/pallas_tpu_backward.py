@@ -17,18 +17,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mora_jax.ops.gated_projection.pallas_tpu_gate import (
     MATRIX,
+    Gate,
     Rows,
     each_slice,
+    exact_product,
     fold,
-    fold_bank,
-    fold_fresh,
     gate,
-    open_gates,
-    product,
+    mix,
     respond,
+    stack_shape,
     strips,
+    turn,
+    turned_columns,
 )
-from mora_jax.ops.gated_projection.tiles import LANES, TPU_VMEM, round_up, tpu_tiles
+from mora_jax.ops.gated_projection.tiles import LANES, SLICE, TPU_VMEM_LIMIT, tpu_tiles
 from mora_jax.ops.gated_projection.xla import Selection
 
 SLOPE, INVERSE, BAR = range(3)  # rows of what is kept of a token's gate
@@ -39,7 +41,7 @@ def gradients(x, keys, values, live, dy, fresh: int, how: Selection, interpret):
     (tokens, d_in), d_out = x.shape, values[0].shape[1]
     bank, fresh_rows = keys[0].shape[0], keys[1].shape[0]
     total = bank + fresh_rows
-    tiles = tpu_tiles(tokens, d_in, d_out, total, x.dtype.itemsize, backward=True)
+    tiles = tpu_tiles(tokens, d_in, d_out, total, x.dtype.itemsize, fresh_rows)
     slices_in, slices_out = d_in // tiles.inputs, d_out // tiles.outputs
     number = pl.cdiv(tokens, tiles.tokens)
     cores = 2 if number % 2 == 0 else 1
@@ -83,10 +85,11 @@ def gradients(x, keys, values, live, dy, fresh: int, how: Selection, interpret):
             pltpu.VMEM((total, tiles.tokens), jnp.float32),
             pltpu.VMEM((total, tiles.tokens), jnp.float32),
             pltpu.VMEM((total, tiles.tokens), jnp.float32),
-            pltpu.VMEM((total, LANES), jnp.int32),
+            pltpu.VMEM((total, tiles.tokens), jnp.int32),
             pltpu.VMEM((8, tiles.tokens), jnp.float32),
-            pltpu.VMEM((tiles.tokens, round_up(total, LANES)), x.dtype),
-            pltpu.VMEM((tiles.tokens, tiles.inputs), jnp.float32),
+            pltpu.VMEM((tiles.tokens, turned_columns(bank, fresh_rows)), x.dtype),
+            stack_shape(x.dtype, max(tiles.inputs, tiles.outputs), bank, fresh_rows),
+            pltpu.VMEM((tiles.tokens, min(tiles.inputs, SLICE)), jnp.float32),
         ],
     )
     dx, d_keys, d_values = pl.pallas_call(
@@ -98,7 +101,7 @@ def gradients(x, keys, values, live, dy, fresh: int, how: Selection, interpret):
             jax.ShapeDtypeStruct((cores, fresh_rows, d_out), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=TPU_VMEM + (12 << 20)
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=TPU_VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * (total * (4 * d_in + d_out) + 3 * fresh_rows * (d_in + d_out)),
@@ -111,8 +114,9 @@ def gradients(x, keys, values, live, dy, fresh: int, how: Selection, interpret):
     return dx, jnp.sum(d_keys, axis=0)[:fresh], jnp.sum(d_values, axis=0)[:fresh]
 
 
-def _kernel(live_ref, x_ref, dy_ref, keys, values, dx_ref, d_keys_ref, d_values_ref, *scratch, how, fresh, tokens, slices):
-    z_ref, share_ref, dz_ref, order_ref, token_ref, turned_ref, sum_ref = scratch
+def _kernel(live_ref, x_ref, dy_ref, keys, values, *outputs_and_scratch, how, fresh, tokens, slices):
+    dx_ref, d_keys_ref, d_values_ref, *scratch = outputs_and_scratch
+    z_ref, share_ref, dz_ref, order_ref, token_ref, turned_ref, stack_ref, sum_ref = scratch
     bank = keys[0].shape[0]
     rows = Rows(bank, fresh, z_ref.shape[0] - bank, live_ref[0])
     step, tile = pl.program_id(2), pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
@@ -132,16 +136,15 @@ def _kernel(live_ref, x_ref, dy_ref, keys, values, dx_ref, d_keys_ref, d_values_
 
     @pl.when(step <= second)
     def _():
-        respond(z_ref, x_ref, keys, rows, exact=True)
+        respond(z_ref, x_ref, keys, stack_ref, rows, exact=True)
 
     @pl.when(step == second)
     def _():
-        for cols in strips(z_ref.shape[1]):
-            _gates_again(z_ref, share_ref, order_ref, token_ref, rows, how, cols)
+        gate(z_ref, order_ref, share_ref, rows, how, partial(_keep, share_ref, token_ref, rows))
 
     @pl.when((step >= second) & (step <= third))
     def _():
-        respond(dz_ref, dy_ref, values, rows, exact=False)
+        respond(dz_ref, dy_ref, values, stack_ref, rows, exact=False)
         c = _fresh_mix(z_ref, share_ref, token_ref, rows, how)
         _gather(d_values_ref, c, dy_ref, (step - second) * dy_ref.shape[1], left if ragged else None)
 
@@ -152,14 +155,13 @@ def _kernel(live_ref, x_ref, dy_ref, keys, values, dx_ref, d_keys_ref, d_values_
 
     @pl.when(step >= third)
     def _():
-        _back_to_inputs(dx_ref, sum_ref, turned_ref, keys, rows)
+        mix(dx_ref, turned_ref, keys, stack_ref, sum_ref, rows)
         dz = dz_ref[bank:, :]
         _gather(d_keys_ref, dz, x_ref, (step - third) * x_ref.shape[1], left if ragged else None)
 
 
-def _gates_again(z_ref, share_ref, order_ref, token_ref, rows: Rows, how: Selection, cols):
+def _keep(share_ref, token_ref, rows: Rows, cols, passed: Gate):
     """Leaves p of one strip of tokens in share_ref and what else its gradient needs in token_ref."""
-    passed = gate(z_ref.at[:, cols], order_ref, share_ref.at[:, cols], rows, how, pl.ds(0, LANES))
 
     def normalise(start, size, _):
         share_ref[pl.ds(start, size), cols] *= passed.share
@@ -196,9 +198,9 @@ def _gather(out_ref, weights, tokens_ref, first_column, left):
             valid = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0) < left
             rows = jnp.where(valid, rows.astype(jnp.float32), 0.0).astype(rows.dtype)
         at = pl.ds(pl.multiple_of(first_column + cut.start, LANES), cut.size) if out_ref.shape[2] > cut.size else cut
-        out_ref[0, :, at] += product(weights, rows, MATRIX, exact=True)
+        out_ref[0, :, at] += exact_product(weights, rows, MATRIX)
 
-    each_slice(tokens_ref.shape[1], over)
+    each_slice(tokens_ref.shape[1], over, SLICE)
 
 
 def _gate_gradient(z_ref, share_ref, dz_ref, token_ref, turned_ref, rows: Rows, how: Selection, cols):
@@ -224,35 +226,11 @@ def _gate_gradient(z_ref, share_ref, dz_ref, token_ref, turned_ref, rows: Rows, 
 
     radial = fold(rows, along, zero)
 
-    def finish(offset):
-        def body(start, size, _):
-            z, p, g, dc, dg = parts(offset + start, size)
-            ds = (p * (dg - centre) - z * inverse * radial) * (1.0 / how.temperature)
-            dz = jnp.where(slope == 0.0, 0.0, g * dc + ds * slope)
-            at = pl.ds(offset + start, size)
-            dz_ref[at, cols] = dz
-            turned_ref[cols, at] = dz.T.astype(turned_ref.dtype)
+    def finish(start, size, _):
+        z, p, g, dc, dg = parts(start, size)
+        ds = (p * (dg - centre) - z * inverse * radial) * (1.0 / how.temperature)
+        dz = jnp.where(slope == 0.0, 0.0, g * dc + ds * slope)
+        dz_ref[pl.ds(start, size), cols] = dz
 
-        return body
-
-    fold_bank(rows, finish(0))
-    fold_fresh(rows, finish(rows.bank))
-
-
-def _back_to_inputs(dx_ref, sum_ref, turned_ref, keys, rows: Rows):
-    """dx = dz . keys for the columns that are in fast memory."""
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-
-    def add(bank_ref, offset, cut):
-        def body(start, size, _):
-            k = bank_ref[pl.ds(start, size), cut].astype(turned_ref.dtype)
-            sum_ref[:, cut] += product(turned_ref[:, pl.ds(offset + start, size)], k, MATRIX)
-
-        return body
-
-    def over(cut):
-        fold_bank(rows, add(keys[0], 0, cut))
-        fold_fresh(rows, add(keys[1], rows.bank, cut))
-
-    each_slice(dx_ref.shape[1], over)
-    dx_ref[...] = sum_ref[...].astype(dx_ref.dtype)
+    fold(rows, finish)
+    turn(turned_ref, dz_ref, rows, cols)
