@@ -34,7 +34,7 @@ def answer(x, keys, values, live, fresh: int, count: int, how: Selection, interp
     slots = min(how.top_k, total)
 
     def live_block(b, live):
-        return jnp.minimum(b, jnp.maximum((live[0] + block - 1) // block - 1, 0)), 0
+        return jnp.minimum(b, jnp.maximum(jax.lax.div(live[0] + (block - 1), block) - 1, 0)), 0
 
     def whole(b, live):
         return 0, 0
@@ -132,7 +132,7 @@ def _fetch(y_ref, values, index_ref, c_ref, fetched_ref, sum_ref, arrived, rows:
     count, slots = y_ref.shape[0], index_ref.shape[0]
 
     def each_copy(token, act):
-        half = token % 2
+        half = jax.lax.rem(token, 2)
 
         def one(i, _):
             row = index_ref[i, token]
@@ -159,12 +159,12 @@ def _fetch(y_ref, values, index_ref, c_ref, fetched_ref, sum_ref, arrived, rows:
         def add(i, _):
             @pl.when(index_ref[i, token] < rows.total)
             def _():
-                row = fetched_ref[pl.ds((token % 2) * slots + i, 1), :]
+                row = fetched_ref[pl.ds(jax.lax.rem(token, 2) * slots + i, 1), :]
                 sum_ref[pl.ds(token, 1), :] += c_ref[i, token] * row
 
         jax.lax.fori_loop(0, slots, add, None)
 
     sum_ref[...] = jnp.zeros_like(sum_ref)
-    each_copy(0, lambda copy: copy.start())
+    each_copy(jnp.int32(0), lambda copy: copy.start())
     jax.lax.fori_loop(0, count, answer_one, None)
     y_ref[...] = sum_ref[...].astype(y_ref.dtype)

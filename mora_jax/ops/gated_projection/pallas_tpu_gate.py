@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     @property
     def blocks(self) -> jax.Array:
         """How many blocks of the bank hold live rows."""
-        return (self.live + BLOCK - 1) // BLOCK
+        return jax.lax.div(self.live + (BLOCK - 1), BLOCK)  # `//` needs to know the chip, which compiling ahead does not
 
     def exist(self, start, shape):
         """Which rows of a block that begins at row `start` hold an expert."""
@@ -350,7 +350,7 @@ def contributions(z_ref, weight_ref, active_ref, rows: Rows, cols, passed: Gate)
         c = z * (p if passed.bar is None else jnp.where(z * passed.inverse >= passed.bar, p, 0.0))
         weight_ref[at, cols] = c
         if active_ref is not None and rows.bank > rows.first:
-            active_ref[start // BLOCK] |= jnp.max((c != 0.0).astype(jnp.int32))
+            active_ref[jax.lax.div(start, BLOCK)] |= jnp.max((c != 0.0).astype(jnp.int32))
 
     fold(rows, body)
 
