@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that tells of races
 from jax.experimental.pallas import tpu as pltpu
 
 from mora_jax.ops.gated_projection import pallas_tpu, reference
@@ -44,11 +45,11 @@ class Case:
 
 CASES = {
     "plain": Case(),
-    "bfloat16": Case(dtype="bfloat16", tokens=130),
+    "bfloat16": Case(dtype="bfloat16"),
     "ragged tiles, blocks of experts, some dead": Case(k=17, n=300, fresh=5, live=200, tokens=700),
     "bfloat16, ragged, slices of columns": Case(tokens=200, n=130, d_in=640, d_out=1152, dtype="bfloat16"),
     "no fresh": Case(fresh=0, n=9),
-    "k 1": Case(k=1),
+    "k 1": Case(k=1, fresh=1),
     "k all": Case(k=19),
     "k above live": Case(k=9, live=2),
     "live 0": Case(live=0),
@@ -58,6 +59,10 @@ CASES = {
     "threshold relative": Case(threshold=0.6, mode="relative", k=6),
     "relative, no positive score": Case(threshold=0.6, mode="relative", live=0, fresh=1),
 }
+
+
+# Unoptimised code compiles twice as fast, and compiling is what these tests spend their time on.
+FAST = {"xla_backend_optimization_level": "0"}
 
 
 def arrays(case: Case) -> list[jax.Array | None]:
@@ -70,7 +75,7 @@ def arrays(case: Case) -> list[jax.Array | None]:
     return [None if a.shape[0] == 0 else a for a in drawn]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST)
 def expected(case: Case, op: str, x, keys, values, fresh_keys, fresh_values, dy):
     """(y, dx, d_fresh_keys, d_fresh_values) of the specification; without fresh rows (y, dx, d_keys, d_values)."""
     del op
@@ -83,7 +88,7 @@ def expected(case: Case, op: str, x, keys, values, fresh_keys, fresh_values, dy)
     return y, *vjp(dy)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST)
 def found(case: Case, interpret, x, keys, values, fresh_keys, fresh_values, dy):
     live = jnp.int32(case.n if case.live is None else case.live)
 
@@ -95,7 +100,7 @@ def found(case: Case, interpret, x, keys, values, fresh_keys, fresh_values, dy):
     return y, *vjp(dy)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST)
 def decoded(case: Case, interpret, x, keys, values, fresh_keys, fresh_values, dy):
     del dy
     live = jnp.int32(case.n if case.live is None else case.live)
@@ -144,13 +149,13 @@ def test_zero_tiny_huge_and_nan_tokens(case):
     np.testing.assert_array_equal(got[1][:2], 0.0)
     for token in (2, 3):
         close(got[1][token], want[1][token])
-    data[0], data[5] = data[0][:4], data[5][:4]
-    for a, b in zip(found(dataclasses.replace(case, tokens=4), True, *data)[2:], got[2:], strict=True):
+    data[0] = data[0].at[4].set(0.0)
+    for a, b in zip(found(case, True, *data)[2:], got[2:], strict=True):
         assert np.isfinite(a).all()
         assert not np.isfinite(b).all()  # a NaN is told, not hidden
 
 
-@pytest.mark.parametrize("k", [1, 5, 16, 17])
+@pytest.mark.parametrize("k", [5, 17])
 def test_of_equal_scores_exactly_k_are_kept_lowest_row_first(k):
     """Small integers have exact responses and many ties; the fresh rows repeat rows of the bank."""
     case, rng = Case(k=k, n=30, fresh=6, live=26, tokens=40, d_in=4), np.random.default_rng(1)
@@ -207,9 +212,7 @@ def test_no_races_in_decoding(checked):
 
 
 def races_found() -> bool:
-    from jax._src.pallas.mosaic.interpret import race_detection_state
-
-    return race_detection_state.races.races_found
+    return interpret_pallas_call.races.races_found
 
 
 # ---------------------------------------------------------------- what runs where

@@ -43,8 +43,9 @@ class Rows(NamedTuple):
 
     @property
     def blocks(self) -> jax.Array:
-        """How many blocks of the bank hold live rows."""
-        return jax.lax.div(self.live + (BLOCK - 1), BLOCK)  # `//` needs to know the chip, which compiling ahead does not
+        """How many blocks of the bank hold live rows; the first counts always, as fresh rows go through with it."""
+        blocks = jax.lax.div(self.live + (BLOCK - 1), BLOCK)  # `//` asks for the chip, unknown when compiling ahead
+        return jnp.maximum(blocks, 1)
 
     def exist(self, start, shape):
         """Which rows of a block that begins at row `start` hold an expert."""
