@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from mora_jax.ops.gated_projection import pallas_gpu_decode
 from mora_jax.ops.gated_projection.pallas_gpu_backward import backward_kernel
 from mora_jax.ops.gated_projection.pallas_gpu_gate import PARTS, Bank, Plan, Tile, cut, decide, product
-from mora_jax.ops.gated_projection.tiles_gpu import PROGRAMS, tiles_of
+from mora_jax.ops.gated_projection.tiles_gpu import PROGRAMS, SMALLEST, tiles_of
 from mora_jax.ops.gated_projection.xla import Selection
 
-SMALLEST = 16  # what a tensor core multiplies at least
 ADDRESSES = 2**31  # Triton counts elements in int32
 FLOATS = (jnp.float32, jnp.bfloat16)
 
@@ -63,6 +63,26 @@ def project(
     buffers = [_buffer(plan, jnp.float32), _buffer(plan, jnp.bfloat16, plan.parts), _active(plan)]
     y, *_ = _call(forward_kernel, plan, [x], rows, [((plan.tokens, plan.d_out), x.dtype)], buffers, live)
     return y
+
+
+def decode(
+    x: Float[Array, "t d_in"],
+    keys: Float[Array, "n d_in"],
+    values: Float[Array, "n d_out"],
+    fresh_keys: Float[Array, "r d_in"] | None,
+    fresh_values: Float[Array, "r d_out"] | None,
+    live: Int[Array, ""],
+    how: Selection,
+    interpret: bool = False,
+) -> Float[Array, "t d_out"]:
+    """`project` for a few tokens, without a gradient: it reads the live keys and the values of chosen experts only.
+
+    With fresh rows, with more than 32 tokens, or with a larger k or bank than the kernel was built for, it is
+    `project`, which is always right.
+    """
+    if fresh_keys is None and pallas_gpu_decode.fits(x, keys, how):
+        return pallas_gpu_decode.decode_few(x, keys, values, live, how, interpret)
+    return project(x, keys, values, fresh_keys, fresh_values, live, how, interpret)
 
 
 def forward_kernel(live_ref, x_ref, *refs, plan: Plan):

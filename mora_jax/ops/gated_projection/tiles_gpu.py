@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-PROGRAMS = 264  # two for each of the 132 multiprocessors
+PROGRAMS = 132  # one for each multiprocessor, as a program takes more than half of its registers
+SMALLEST = 16  # what a tensor core multiplies at least
 
 
 class Tiles(NamedTuple):
@@ -32,10 +33,11 @@ def divisor(size: int, largest: int) -> int:
 def tiles_of(kernel: str, d_in: int, d_out: int, n: int, r: int, exact: bool) -> Tiles:
     """Tiles of a kernel for keys [n, d_in], values [n, d_out] and r fresh rows; `exact` for float32 tokens."""
     widest = 32 if exact else 64
+    block = 128 >> (exact + (kernel == "backward"))
     return Tiles(
         tokens=64,
-        experts=min(max(power_of_two(n), 16), 64 if exact or kernel == "backward" else 128),
-        fresh=min(max(power_of_two(r), 16), 64),
+        experts=min(max(power_of_two(n), SMALLEST), block),
+        fresh=min(max(power_of_two(r), SMALLEST), block),
         inputs=divisor(d_in, widest),
         outputs=divisor(d_out, widest),
         warps=8,
