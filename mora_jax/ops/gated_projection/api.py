@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -59,9 +60,20 @@ class Implementation(NamedTuple):
     unsupported: Callable[..., str | None] = lambda *arguments: None
 
 
+def _kernel(module: str, platform: str) -> Implementation:
+    """A Pallas kernel, imported when it is first asked for: a CPU run needs none of it."""
+
+    def deferred(name: str) -> Callable:
+        return lambda *arguments: getattr(importlib.import_module(f"{__package__}.{module}"), name)(*arguments)
+
+    return Implementation(deferred("project"), xla.gates, platform, deferred("unsupported"))
+
+
 IMPLEMENTATIONS = {
     "reference": Implementation(_run_reference, _reference_gates),
     "xla": Implementation(_run_xla, xla.gates),
+    "pallas_tpu": _kernel("pallas_tpu", "tpu"),
+    "pallas_gpu": _kernel("pallas_gpu", "gpu"),
 }
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
