@@ -1,7 +1,6 @@
 """The gated projection: every implementation against the paper's equations in NumPy, in value and gradient.
 
-The specification here is written from DESIGN section 2 (MoRA, arXiv 2506.21035, Eq. 4 to 8) with loops over tokens and
-explicit Jacobians, in float64, and shares no code with `reference.py`.
+The equations are in paper.py, written apart from `reference.py`.
 """
 
 from __future__ import annotations
@@ -20,59 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from paper import paper
 
 from mora_jax.ops.gated_projection import gated_projection, gates, xla, xla_gathered
 
 PATHS = {"xla dense": False, "xla gathered": True}  # xla takes one or the other by the sizes; here both see all sizes
 EVERY = ["reference", *PATHS]
 GAP = 1e-5  # implementations agree on the kept experts where the k-th and the next score differ by more
-
-# ---------------------------------------------------------------- the paper, in NumPy
-
-
-def token_gate(z, alive, *, top_k, temperature, threshold=0.0, threshold_mode="absolute"):
-    """(g, dg/dz as a [n, n] matrix, gap of the scores at rank k) of one token."""
-    n, index = len(z), np.flatnonzero(alive)
-    g, slope = np.zeros(n), np.zeros((n, n))
-    square = float(np.sum(z[index] ** 2))
-    if len(index) == 0:
-        return g, slope, np.inf
-    s = z[index] / np.sqrt(max(square, 1e-24))  # Eq. 5
-    order = np.lexsort((index, -s))  # largest score first, then lowest index
-    kept = order[:top_k]  # Eq. 6
-    gap = s[order[top_k - 1]] - s[order[top_k]] if top_k < len(order) else np.inf
-    p = np.zeros(len(s))
-    p[kept] = np.exp((s[kept] - s[kept].max()) / temperature)
-    p /= p.sum()  # Eq. 7
-    open_ = np.ones(len(s))
-    if threshold:  # Eq. 8
-        bar = threshold if threshold_mode == "absolute" else (threshold * s.max() if s.max() > 0 else np.inf)
-        open_ = (s >= bar).astype(float)
-    dp_ds = (np.diag(p) - np.outer(p, p)) / temperature
-    ds_dz = np.zeros_like(dp_ds)
-    if square > 1e-24:
-        ds_dz = np.eye(len(s)) / np.sqrt(square) - np.outer(z[index], z[index]) / square**1.5
-    g[index] = open_ * p
-    slope[np.ix_(index, index)] = open_[:, None] * (dp_ds @ ds_dz)
-    return g, slope, gap
-
-
-def paper(x, keys, values, alive, dy, **how):
-    """(y, g, dx, d_keys, d_values, gap) for x [t, d_in]; gradients of sum(y * dy)."""
-    x, keys, values, dy = (np.asarray(a, np.float64) for a in (x, keys, values, dy))
-    y, dx = np.zeros((len(x), values.shape[1])), np.zeros_like(x)
-    d_keys, d_values, g_all, gaps = np.zeros_like(keys), np.zeros_like(values), [], []
-    for t in range(len(x)):
-        z = np.where(alive, keys @ x[t], 0.0)
-        g, slope, gap = token_gate(z, alive, **how)
-        y[t] = (g * z) @ values  # Eq. 4
-        dc = values @ dy[t]  # of c = g z
-        dz = (g * dc + slope.T @ (dc * z)) * (np.sum(z**2) > 1e-24)  # no direction: a response is a constant
-        dx[t] = dz @ keys
-        d_keys += np.outer(dz, x[t])
-        d_values += np.outer(g * z, dy[t])
-        g_all, gaps = [*g_all, g], [*gaps, gap]
-    return y, np.array(g_all), dx, d_keys, d_values, np.array(gaps)
 
 
 def test_the_specification_has_the_gradients_of_its_own_values(rng):
@@ -382,43 +335,6 @@ def test_with_frozen_rows_alone_nothing_is_computed_for_them(path):
     dots = re.findall(r"= \w+\[(\d+),(\d+)\]\S* (?:dot|custom-call)\(", text)
     expected = [(40, 24), (24, 20), *([(40, 24)] if path == "xla dense" else [])]  # z, dx, dc
     assert sorted((int(a), int(b)) for a, b in dots) == sorted(expected)
-
-
-# ---------------------------------------------------------------- errors
-
-
-def _ones(*shape: int) -> np.ndarray:
-    return np.ones(shape, np.float32)
-
-
-@pytest.mark.parametrize("function", [gated_projection, gates])
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"top_k": 0}, "top_k must be at least 1; got 0"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"temperature": float("nan")}, "temperature must be positive"),
-        ({"threshold_mode": "soft"}, "'soft' is none of absolute, relative"),
-        ({"implementation": "cuda"}, "'cuda' is not available on platform 'cpu'; known: reference, xla"),
-        ({"live": 7}, r"live must lie in 0\.\.6"),
-        ({"live": np.int32(-1)}, r"live must lie in 0\.\.6"),
-        ({"fresh_keys": _ones(2, 4)}, "come together"),
-        ({"fresh_values": _ones(2, 3)}, "come together"),
-        ({"fresh_keys": _ones(2, 4), "fresh_values": _ones(3, 3)}, "must continue keys"),
-        ({"fresh_keys": _ones(2, 5), "fresh_values": _ones(2, 3)}, "must continue keys"),
-        ({"fresh_keys": _ones(2, 4), "fresh_values": _ones(2, 2)}, "must continue keys"),
-        ({"x": np.ones((2, 4), int)}, "x must be of a float dtype; got int64"),
-        ({"values": np.ones((6, 3), bool)}, "values must be of a float dtype; got bool"),
-        ({"x": _ones(2, 5)}, "must end in the d_in"),
-        ({"x": np.float32(1.0)}, "must end in the d_in"),
-        ({"keys": _ones(5, 4)}, "need equal n"),
-        ({"values": _ones(6)}, "need equal n"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(function, change, says):
-    arguments = {"x": _ones(2, 4), "keys": _ones(6, 4), "values": _ones(6, 3), "top_k": 2, "temperature": 0.1}
-    with pytest.raises(ValueError, match=says):
-        function(**arguments | change)
 
 
 # ---------------------------------------------------------------- properties
