@@ -25,7 +25,7 @@ from mora_jax.ops.gated_projection.xla import (
     rounds,
 )
 
-EXPERTS_PER_CHOICE = 24  # n / k from which a gather is cheaper than the dense product, forward and backward (on CPU)
+EXPERTS_PER_CHOICE = 16  # n / k from which a gather is cheaper than the dense product, forward and backward (on CPU)
 
 
 def pays(tokens: int, n: int, fresh: int, k: int) -> bool:
