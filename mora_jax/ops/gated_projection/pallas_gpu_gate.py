@@ -101,7 +101,7 @@ def product(a: list[jax.Array], b: list[jax.Array], transpose: bool = False) -> 
     pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j <= order]
     total = None
     for i, j in sorted(pairs, key=sum, reverse=True):
-        term = pl.dot(a[i], b[j], trans_b=transpose)
+        term = plgpu.dot(a[i], b[j], trans_b=transpose)
         total = term if total is None else total + term
     return total
 
