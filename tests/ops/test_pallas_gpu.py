@@ -35,7 +35,7 @@ def specification(x, keys, values, fresh_keys, fresh_values, live, how):
 
 @cache
 def compiled(project, how, dtype, n, fresh, bank):
-    """y and the gradients of sum(y dy), compiled for x of a dtype, n frozen rows of dtype `bank`, and fresh rows or none."""
+    """y and the gradients of sum(y dy), for x of a dtype, n frozen rows of dtype `bank`, with fresh rows or without."""
     arrays = [jax.ShapeDtypeStruct((n, d), bank) for d in (D_IN, D_OUT)]
     arrays += [jax.ShapeDtypeStruct((FRESH, d), jnp.float32) for d in (D_IN, D_OUT) if fresh]
     tokens, dy = jax.ShapeDtypeStruct((T, D_IN), dtype), jax.ShapeDtypeStruct((T, D_OUT), dtype)
