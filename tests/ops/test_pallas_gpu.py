@@ -146,7 +146,7 @@ def test_without_fresh_rows_and_with_every_expert_kept(rng, live):
         assert np.any(gradient) == (live > 0)
 
 
-@pytest.mark.parametrize(("how", "live"), [(ONE, 100), (ONE, 0), (MANY, 90), (MANY, 20)])
+@pytest.mark.parametrize(("how", "live"), [(ONE, 100), (ONE, 0), (MANY, 90), (MANY, 20), (MANY, 0)])
 def test_thresholds_and_every_k(rng, how, live):
     x, keys, values, *fresh = data(rng, jnp.float32, 100, True)
     bank = jnp.bfloat16 if how is ONE else jnp.float32
