@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mora_jax.ops.gated_projection import pallas_gpu, pallas_gpu_decode, reference
+from mora_jax.ops.gated_projection import pallas_gpu, pallas_gpu_decode, pallas_gpu_gate, reference
 from mora_jax.ops.gated_projection.xla import Selection
 
 T, D_IN, D_OUT, FRESH = 70, 32, 48, 4  # two tiles, the second not full; output slices of 16
@@ -34,10 +34,10 @@ def specification(x, keys, values, fresh_keys, fresh_values, live, how):
 
 
 @cache
-def compiled(project, how, dtype, n, fresh):
-    """y and the gradients of sum(y dy), compiled for one configuration."""
-    rows = [(n, D_IN), (n, D_OUT)] + ([(FRESH, D_IN), (FRESH, D_OUT)] if fresh else [])
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in rows]
+def compiled(project, how, dtype, n, fresh, bank):
+    """y and the gradients of sum(y dy), for x of a dtype, n frozen rows of dtype `bank`, with fresh rows or without."""
+    arrays = [jax.ShapeDtypeStruct((n, d), bank) for d in (D_IN, D_OUT)]
+    arrays += [jax.ShapeDtypeStruct((FRESH, d), jnp.float32) for d in (D_IN, D_OUT) if fresh]
     tokens, dy = jax.ShapeDtypeStruct((T, D_IN), dtype), jax.ShapeDtypeStruct((T, D_OUT), dtype)
 
     def both(live, dy, x, keys, values, fresh_keys=None, fresh_values=None):
@@ -62,7 +62,7 @@ def data(rng, dtype, n, fresh):
 def check(rng, how, arrays, live, n, tolerances=(1e-5,) * 5):
     """y, dx and the gradients of keys, values and fresh rows equal the specification's, relative to the largest."""
     dy = jnp.asarray(rng.normal(size=(T, D_OUT)), arrays[0].dtype)
-    configuration = how, arrays[0].dtype, n, len(arrays) == 5
+    configuration = how, arrays[0].dtype, n, len(arrays) == 5, arrays[1].dtype
     ours, wanted = (compiled(f, *configuration)(jnp.int32(live), dy, *arrays) for f in (interpreted, specification))
     names = ["y", "dx", "d_keys", "d_values", "d_fresh_keys", "d_fresh_values"]
     for name, a, b in zip(names, ours, wanted, strict=False):
@@ -102,7 +102,9 @@ def test_magnitudes_above_and_below_the_floor(rng, dtype, size):
 def test_squares_that_overflow_choose_by_index(rng):
     x, *rows = data(rng, jnp.float32, 24, True)
     arguments = jnp.int32(20), jnp.ones((T, D_OUT)), x * 1e20, *rows
-    y, wanted = (compiled(f, FEW, x.dtype, 24, True)(*arguments)[0] for f in (interpreted, specification))
+    y, wanted = (
+        compiled(f, FEW, x.dtype, 24, True, rows[0].dtype)(*arguments)[0] for f in (interpreted, specification)
+    )
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.max(np.abs(wanted)))
 
 
@@ -128,7 +130,9 @@ def test_equal_scores_keep_the_lowest_index(rng):
 def test_nan_in_gives_nan_out_for_that_token_only(rng, dtype):
     x, *rows = data(rng, dtype, 24, True)
     dy = jnp.ones((T, D_OUT), dtype)
-    y, dx, *_ = compiled(interpreted, FEW, x.dtype, 24, True)(jnp.int32(24), dy, x.at[65, 3].set(jnp.nan), *rows)
+    y, dx, *_ = compiled(interpreted, FEW, x.dtype, 24, True, rows[0].dtype)(
+        jnp.int32(24), dy, x.at[65, 3].set(jnp.nan), *rows
+    )
     bad = np.arange(T) == 65
     assert np.all(np.isnan(np.asarray(y, np.float32)) == bad[:, None])
     assert np.all(np.isnan(np.asarray(dx, np.float32)) == bad[:, None])
@@ -142,9 +146,11 @@ def test_without_fresh_rows_and_with_every_expert_kept(rng, live):
         assert np.any(gradient) == (live > 0)
 
 
-@pytest.mark.parametrize(("how", "live"), [(ONE, 100), (ONE, 0), (MANY, 90), (MANY, 20)])
+@pytest.mark.parametrize(("how", "live"), [(ONE, 100), (ONE, 0), (MANY, 90), (MANY, 20), (MANY, 0)])
 def test_thresholds_and_every_k(rng, how, live):
-    y, *_ = check(rng, how, data(rng, jnp.float32, 100, True), live, 100, (1e-5,) * 4)
+    x, keys, values, *fresh = data(rng, jnp.float32, 100, True)
+    bank = jnp.bfloat16 if how is ONE else jnp.float32
+    y, *_ = check(rng, how, [x, keys.astype(bank), values.astype(bank), *fresh], live, 100, (1e-5,) * 4)
     if live == 90:
         assert 0 < np.mean(np.any(y, axis=1)) < 0.9  # in many tokens all scores lie below the threshold
 
@@ -187,6 +193,24 @@ def test_decode_takes_equal_scores_by_index(rng):
     keys = jnp.round(2 * keys).at[4:60].set(1.0)
     y = decoder(FEW, "f4")(x, keys, values, jnp.int32(50))
     np.testing.assert_allclose(y, specification(x, keys, values, None, None, 50, FEW), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_responses_are_exact_to_twenty_bits(rng, dtype):
+    x, keys = jnp.asarray(rng.normal(size=(16, 64)), dtype), jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
+    z = pallas_gpu_gate.product(pallas_gpu_gate.cut(x, 3), pallas_gpu_gate.cut(keys, 3), transpose=True)
+    x, keys = np.asarray(x, np.float64), np.asarray(keys, np.float64)
+    assert np.all(np.abs(z - x @ keys.T) < 2.0**-20 * np.linalg.norm(x, axis=1)[:, None])
+    assert np.all(sum(np.asarray(part, np.float64) for part in pallas_gpu_gate.cut(jnp.asarray(keys), 3)) == keys)
+
+
+def test_no_tokens_and_no_rows(rng):
+    x, *rows = data(rng, jnp.float32, 24, True)
+    y, pull = jax.vjp(lambda x: pallas_gpu.project(x, *rows, jnp.int32(3), FEW, True), x[:0])
+    assert y.shape == (0, D_OUT)
+    assert pull(y)[0].shape == (0, D_IN)
+    empty = jax.jit(lambda *a: pallas_gpu.project(*a, jnp.int32(0), FEW, True), compiler_options=QUICK)
+    assert not np.any(empty(x, *(a[:0] for a in rows)))
 
 
 def test_what_cannot_run_is_named():

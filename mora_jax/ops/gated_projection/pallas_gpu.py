@@ -204,11 +204,11 @@ def _plan(x, keys, values, fresh_keys, how, kernel: str, interpret: bool) -> Pla
     fresh = 0 if fresh_keys is None else fresh_keys.shape[0]
     tiles = tiles_of(kernel, d_in, d_out, n, fresh, exact)
     banks, first, entry = [], 0, 0
-    for rows, block, is_fresh in ((n, tiles.experts, False), (fresh, tiles.fresh, True)):
-        if rows or not is_fresh:
-            blocks = max(pl.cdiv(rows, block), 1)
-            banks.append(Bank(rows, block, blocks, first, entry, is_fresh))
-            first, entry = first + blocks * block, entry + blocks + 1
+    kinds = ((n, tiles.experts, False), (fresh, tiles.fresh, True))
+    for rows, block, is_fresh in kinds[: 1 if fresh_keys is None else 2]:
+        blocks = max(pl.cdiv(rows, block), 1)
+        banks.append(Bank(rows, block, blocks, first, entry, is_fresh))
+        first, entry = first + blocks * block, entry + blocks + 1
     programs = min(PROGRAMS, pl.cdiv(tokens, tiles.tokens))
     return Plan(tokens, d_in, d_out, tuple(banks), tiles, programs, how, exact, interpret)
 

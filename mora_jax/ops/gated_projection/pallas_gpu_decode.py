@@ -27,7 +27,8 @@ BLOCK = 32  # experts that one program responds to
 
 def fits(x: jax.Array, keys: jax.Array, how: Selection) -> bool:
     """Whether `decode_few` takes these shapes."""
-    return 0 < x.shape[0] <= MOST_TOKENS and how.top_k <= MOST_ROUNDS and keys.shape[0] <= MOST_EXPERTS
+    few = 0 < x.shape[0] <= MOST_TOKENS and how.top_k <= MOST_ROUNDS
+    return few and 0 < keys.shape[0] <= MOST_EXPERTS
 
 
 def decode_few(

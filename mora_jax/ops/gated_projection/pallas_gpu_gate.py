@@ -94,15 +94,16 @@ def cut(a: jax.Array, parts: int) -> list[jax.Array]:
 def product(a: list[jax.Array], b: list[jax.Array], transpose: bool = False) -> jax.Array:
     """The product of two sums of parts, a b or a b^T, as far as float32 can tell; the smallest terms first.
 
-    A chain of its own for every step of a loop: tensor cores round towards zero where they accumulate, so the sum over
-    the steps is left to ordinary additions (Ootomo and Yokota, arXiv 2203.03341).
+    Only for the short stretch of a loop's step: tensor cores round towards zero where they accumulate, so sums over
+    several terms and over the steps are left to ordinary arithmetic (Ootomo and Yokota, arXiv 2203.03341).
     """
     order = max(len(a), len(b)) - 1
     pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j <= order]
     total = None
     for i, j in sorted(pairs, key=sum, reverse=True):
-        term = pl.dot(a[i], b[j], trans_b=transpose)
-        total = term if total is None else total + term
+        term = plgpu.dot(a[i], b[j], trans_b=transpose)
+        # A difference: Triton makes a chain of products of a sum, and computes half of a chain twice.
+        total = term if total is None else total - (-term)
     return total
 
 
@@ -110,7 +111,8 @@ class Tile:
     """One token tile of one program: its place in the arrays, its live columns, its responses."""
 
     def __init__(self, plan: Plan, program: jax.Array, number: jax.Array, live: jax.Array, z_ref):
-        self.plan, self.live, self.z_ref = plan, live, z_ref
+        self.plan, self.z_ref = plan, z_ref
+        self.live = jnp.minimum(live, plan.banks[0].rows)
         self.size, self.program = plan.tiles.tokens, program
         self.start = number * self.size
         inside = self.start + jax.lax.broadcasted_iota(jnp.int32, (self.size, 1), 0)

@@ -32,14 +32,14 @@ def divisor(size: int, largest: int) -> int:
 
 def tiles_of(kernel: str, d_in: int, d_out: int, n: int, r: int, exact: bool) -> Tiles:
     """Tiles of a kernel for keys [n, d_in], values [n, d_out] and r fresh rows; `exact` for float32 tokens."""
-    widest = 32 if exact else 64
     block = 128 >> (exact + (kernel == "backward"))
+    short = kernel == "backward" and d_in < 768  # a loop of few steps is unrolled, and then spills with wide ones
     return Tiles(
         tokens=64,
         experts=min(max(power_of_two(n), SMALLEST), block),
         fresh=min(max(power_of_two(r), SMALLEST), block),
-        inputs=divisor(d_in, widest),
-        outputs=divisor(d_out, widest),
+        inputs=divisor(d_in, 32 if exact or short else 64),
+        outputs=divisor(d_out, 32 if exact else 64),
         warps=8,
         stages=2 if exact else 3,
     )
