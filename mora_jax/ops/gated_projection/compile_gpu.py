@@ -1,9 +1,10 @@
 """Compiles the Hopper kernels for an H100 on a machine that has none, and tells what the compiler made of them.
 
-    PYTHONPATH=COMPILERS python -m mora_jax.ops.gated_projection.compile_gpu
+    PYTHONPATH=COMPILERS python -m mora_jax.ops.gated_projection.compile_gpu [NAME ...]
 
-prints one JSON line for each kernel and shape. COMPILERS is a folder with jax-cuda12-plugin, jax-cuda12-pjrt (the
-release of jax) and nvidia-cuda-nvcc-cu12, for development only. That a kernel compiles says nothing of its speed.
+prints one JSON line for each kernel and shape of shapes.py, of which a NAME chooses some as in compile_tpu. COMPILERS is
+a folder with jax-cuda12-plugin, jax-cuda12-pjrt (the release of jax) and nvidia-cuda-nvcc-cu12, for development only.
+That a kernel compiles says nothing of its speed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,67 +25,61 @@ import numpy as np
 from jax.experimental import topologies
 
 from mora_jax.ops.gated_projection import pallas_gpu
+from mora_jax.ops.gated_projection.shapes import DECODE_TOKENS, SHAPES, TOP_K, Shape
 from mora_jax.ops.gated_projection.xla import Selection
 
-SHAPES = ((768, 768), (768, 3072), (576, 576), (2048, 2048), (4096, 4096))  # (d_in, d_out)
-EXPERTS = (16, 128, 1024)
-TOKENS = {"forward": 16384, "backward": 16384, "decode": 8}
-FRESH = 16  # rows that train; decode has none
-TRAINING = Selection(top_k=8, temperature=0.1, threshold=0.0, threshold_mode="absolute")
+KERNELS = ("forward", "backward", "decode")
+TRAINING = Selection(TOP_K, temperature=0.1, threshold=0.0, threshold_mode="absolute")
 INFERENCE = TRAINING._replace(threshold=0.2)
 TARGET = Path(__file__).with_name("h100.txtpb")
 OPTIONS = {"xla_gpu_autotune_level": 0}  # autotuning would need the device
 
 
-def rows() -> list[dict]:
-    """One row per kernel and shape; see `compile_row`. Switches JAX to the CPU, for there is no GPU to find."""
-    return list(_rows())
-
-
-def _rows() -> Iterator[dict]:
+def rows(names: Sequence[str] = ()) -> Iterator[dict]:
+    """Rows as `compile_row` gives them. Switches JAX to the CPU, for there is no GPU to find."""
     jax.config.update("jax_platforms", "cpu")
-    for dtype in (jnp.bfloat16, jnp.float32):
-        for d_in, d_out in SHAPES:
-            for experts in EXPERTS:
-                for kernel in TOKENS:
-                    yield compile_row(kernel, d_in, d_out, experts, TOKENS[kernel], dtype)
+    for name in SHAPES:
+        for kernel in KERNELS:
+            if not names or {name, kernel, "h100", f"{name}:{kernel}:h100"} & set(names):
+                yield compile_row(name, kernel)
 
 
-def compile_row(kernel: str, d_in: int, d_out: int, experts: int, tokens: int, dtype) -> dict:
-    """Compiles "forward", "backward" or "decode" for tokens of a dtype and float32 experts.
+def compile_row(name: str, kernel: str) -> dict:
+    """Compiles "forward", "backward" or "decode" for a shape of shapes.py.
 
     The row says `temporaries` (bytes of device memory beyond arguments and results), `shared_memory` (bytes, the
     largest of its kernels), `registers` (per thread, the largest), `spills` (bytes stored and loaded), `tensor_core`
-    (mma and wgmma instructions in the PTX) and `seconds` of compiling. Only our own kernels are counted.
+    (mma and wgmma instructions in the PTX) and `seconds` of compiling; or, where the kernel declines, `unsupported`.
+    Only our own kernels are counted.
     """
-    function, arguments = _program(kernel, d_in, d_out, experts, tokens, dtype)
+    row = {"target": "h100", "kernel": kernel, "shape": name}
+    function, arguments = _program(kernel, SHAPES[name])
+    if reason := pallas_gpu.unsupported(*arguments[:3], None if kernel == "decode" else arguments[3], TRAINING):
+        return row | {"unsupported": reason}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         compiled = jax.jit(function).lower(*arguments).compile(OPTIONS | {"xla_dump_to": folder})
         seconds = time.perf_counter() - start
         found = _inspect(Path(folder))
-    return {
-        "target": "h100",
-        "kernel": kernel,
-        "shape": [d_in, d_out],
-        "dtype": jnp.dtype(dtype).name,
-        "tokens": tokens,
-        "experts": experts,
-        "fresh": 0 if kernel == "decode" else FRESH,
+    return row | {
+        "tokens": arguments[0].shape[0],
+        "experts": SHAPES[name].experts,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         **found,
         "seconds": round(seconds, 1),
     }
 
 
-def _program(kernel: str, d_in: int, d_out: int, experts: int, tokens: int, dtype):
+def _program(kernel: str, size: Shape):
     """The function to compile, and what stands for its arguments on one H100."""
     topology = topologies.get_topology_desc("h100", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("chip",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shape = partial(jax.ShapeDtypeStruct, sharding=sharding)
-    bank = shape((tokens, d_in), dtype), shape((experts, d_in), jnp.float32), shape((experts, d_out), jnp.float32)
-    fresh = shape((FRESH, d_in), jnp.float32), shape((FRESH, d_out), jnp.float32)
+    tokens, dtype = DECODE_TOKENS if kernel == "decode" else size.tokens, jnp.dtype(size.dtype)
+    widths = size.d_in, size.d_out
+    bank = shape((tokens, size.d_in), dtype), *(shape((size.experts, d), jnp.float32) for d in widths)
+    fresh = tuple(shape((size.fresh, d), jnp.float32) for d in widths)
     live = shape((), jnp.int32)
 
     def backward(x, keys, values, fresh_keys, fresh_values, live, dy):
@@ -94,7 +89,7 @@ def _program(kernel: str, d_in: int, d_out: int, experts: int, tokens: int, dtyp
         return jax.vjp(project, x, fresh_keys, fresh_values)[1](dy)
 
     if kernel == "backward":
-        return backward, (*bank, *fresh, live, shape((tokens, d_out), dtype))
+        return backward, (*bank, *fresh, live, shape((tokens, size.d_out), dtype))
     if kernel == "forward":
         return lambda *a: pallas_gpu.project(*a, TRAINING), (*bank, *fresh, live)
     return lambda x, k, v, live: pallas_gpu.decode(x, k, v, None, None, live, INFERENCE), (*bank, live)
@@ -132,5 +127,5 @@ def _ptxas() -> Path:
 
 
 if __name__ == "__main__":
-    for row in _rows():
+    for row in rows(sys.argv[1:]):
         print(json.dumps(row), flush=True)
