@@ -46,8 +46,8 @@ class Case:
 CASES = {
     "plain": Case(),
     "bfloat16": Case(dtype="bfloat16"),
-    "ragged tiles, blocks of experts, some dead": Case(k=17, n=300, fresh=5, live=200, tokens=700),
-    "bfloat16, ragged, slices of columns": Case(tokens=200, n=130, d_in=640, d_out=1152, dtype="bfloat16"),
+    "ragged tiles, blocks of experts, some dead": Case(k=17, n=300, fresh=5, live=200, tokens=300),
+    "bfloat16, ragged, slices of columns": Case(tokens=130, n=130, d_in=640, d_out=1152, dtype="bfloat16"),
     "no fresh": Case(fresh=0, n=9),
     "k 1": Case(k=1, fresh=1),
     "k all": Case(k=19),
