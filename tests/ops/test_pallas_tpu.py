@@ -12,7 +12,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that tells of races
 from jax.experimental.pallas import tpu as pltpu
 
-from mora_jax.ops.gated_projection import pallas_tpu, reference
+from mora_jax.errors import MoraError
+from mora_jax.ops.gated_projection import compile_tpu, pallas_tpu, reference
 from mora_jax.ops.gated_projection.shapes import SHAPES, TOP_K
 from mora_jax.ops.gated_projection.tiles import TPU_VMEM, tpu_tiles
 from mora_jax.ops.gated_projection.xla import Selection
@@ -245,3 +246,8 @@ def test_tiles_divide_what_they_cut():
             assert d % tiles.inputs == 4096 % tiles.outputs == 0
             assert tiles.tokens in (128, 256, 512)
     assert TPU_VMEM < 64 << 20
+
+
+def test_an_unknown_name_is_refused_before_anything_is_compiled():
+    with pytest.raises(MoraError, match="unknown shape, kernel or target 'v9'; known: backward"):
+        compile_tpu.rows(["target:forward:v9"])

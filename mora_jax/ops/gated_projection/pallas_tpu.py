@@ -41,7 +41,8 @@ from mora_jax.ops.gated_projection.tiles import (
 )
 from mora_jax.ops.gated_projection.xla import Selection
 
-DECODED_TOKENS = 32  # up to here rows of values are fetched one by one
+DECODED_TOKENS = 32  # up to here rows of values are fetched one by one,
+DECODED_ROWS = 64  # up to so many for a token
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -77,11 +78,11 @@ def decode(
 ) -> Float[Array, "t d_out"]:
     """The same y without a gradient, for a few tokens: reads live keys and the values of the chosen experts only.
 
-    More than 128 tokens and values that are not float32 (rows that cannot be fetched singly) go through `project`'s
-    kernel.
+    More than 128 tokens, a top_k above 64 and values that are not float32 (rows that cannot be fetched singly) go
+    through `project`'s kernel.
     """
     float32 = all(v is None or v.dtype == jnp.float32 for v in (values, fresh_values))
-    if not 0 < x.shape[0] <= LANES or not float32:
+    if not 0 < x.shape[0] <= LANES or how.top_k > DECODED_ROWS or not float32:
         return _forward(x, keys, values, fresh_keys, fresh_values, live, how, interpret)[0]
     banks = pad_banks(keys, fresh_keys), pad_banks(values, fresh_values)
     fresh = 0 if fresh_keys is None else fresh_keys.shape[0]
@@ -170,7 +171,7 @@ def _fused(x, keys, values, live, fresh: int, how: Selection, interpret):
             pltpu.VMEM((total, tiles.tokens), jnp.int32),
             pltpu.VMEM((total, tiles.tokens), jnp.float32),
             pltpu.VMEM((tiles.tokens, turned_columns(bank, total - bank)), x.dtype),
-            stack_shape(x.dtype, max(tiles.inputs, tiles.outputs), bank, total - bank),
+            stack_shape(x.dtype, tiles, bank, total - bank),
             pltpu.VMEM((tiles.tokens, min(tiles.outputs, SLICE)), jnp.float32),
             pltpu.SMEM((pl.cdiv(total, BLOCK),), jnp.int32),
         ],

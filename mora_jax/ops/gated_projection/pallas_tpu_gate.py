@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mora_jax.ops.gated_projection.reference import FLOOR
-from mora_jax.ops.gated_projection.tiles import BLOCK, LANES, MIX_STRIP, SLICE, STRIP, WIDEST, round_up, whole_lanes
+from mora_jax.ops.gated_projection.tiles import BLOCK, LANES, MIX_STRIP, SLICE, STRIP, Tiles, round_up, whole_lanes
 from mora_jax.ops.gated_projection.xla import ROUNDS_UP_TO, Selection
 
 LOWEST = jnp.iinfo(jnp.int32).min  # below the order of every score: a row without an expert
@@ -122,10 +122,11 @@ def stack(stack_ref, blocks, parts: int) -> int:
     return row
 
 
-def stack_shape(dtype, columns: int, bank: int, fresh_rows: int):
-    """Scratch for `stack`, for tokens of `dtype` and as many columns as lie in fast memory."""
+def stack_shape(dtype, tiles: Tiles, bank: int, fresh_rows: int):
+    """Scratch for `stack`: as many parts as `dtype`, that of the tokens, needs, of the widest slice."""
     parts = 3 if dtype == jnp.bfloat16 else 1
-    return pltpu.VMEM((parts * (min(bank, BLOCK) + fresh_rows), min(columns, WIDEST)), dtype)
+    columns = max(whole_lanes(tiles.inputs, SLICE), whole_lanes(tiles.outputs, SLICE))
+    return pltpu.VMEM((parts * (min(bank, BLOCK) + fresh_rows), columns), dtype)
 
 
 def respond(out_ref, tokens_ref, banks, stack_ref, rows: Rows, *, exact: bool) -> None:
