@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from mora_jax.errors import exit_code, unknown
 from mora_jax.ops.gated_projection import pallas_tpu
 from mora_jax.ops.gated_projection.shapes import DECODE_TOKENS, SHAPES, TOP_K, Shape
 from mora_jax.ops.gated_projection.xla import Selection, gated_projection
@@ -65,12 +67,21 @@ COMPARISONS = ("unfused_forward", "unfused_backward")  # the xla implementation,
 def rows(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """What the compiler says, one row per kernel, shape and target; `names` as on the command line.
 
-    A row holds target, kernel, shape, tokens, experts, temporaries (bytes of main memory beside arguments and results),
-    vmem (bytes that the buffers of the kernel are planned with), spills (vector register spills over the whole kernel),
-    bundles (instructions, loop bodies once) and seconds of compilation; or, where the kernel declines, target, kernel,
-    shape and unsupported. Raises RuntimeError where a compilation fails.
+    A row holds target, kernel, shape, tokens, experts, temporaries (bytes of main memory beside arguments and results;
+    what the compiler keeps in VMEM between kernels does not count), vmem (bytes of the largest kernel), spills (stores
+    of spilled vector registers, loop bodies once), bundles (instructions, likewise) and seconds of compilation; or,
+    where the kernel declines, target, kernel, shape and unsupported. Raises MoraError for an unknown name and
+    RuntimeError where a compilation fails.
     """
-    return list(_from_child(names or ()))
+    return list(_from_child(_checked(names or ())))
+
+
+def _checked(names: Sequence[str]) -> Sequence[str]:
+    known = {*SHAPES, *KERNELS, *TARGETS}
+    for part in (part for name in names for part in name.split(":")):
+        if part not in known:
+            raise unknown("shape, kernel or target", part, known)
+    return names
 
 
 def _from_child(names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -122,39 +133,42 @@ def _row(name: str, kernel: str, target: str, dump: Path) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = jax.jit(KERNELS[kernel]).lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    bundles, spills = _counts(dump)
+    bundles, spills, vmem = _counts(dump)
     return row | {
         "tokens": arguments[0].shape[0],
         "experts": shape.experts,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-        "vmem": None,
+        "vmem": vmem,
         "spills": spills,
         "bundles": bundles,
         "seconds": round(seconds, 1),
     }
 
 
-def _counts(dump: Path) -> tuple[int, int]:
-    """Bundles and spill stores of all programs in the folder, which is emptied."""
-    bundles = spills = 0
+def _counts(dump: Path) -> tuple[int, int, int]:
+    """Bundles, spill stores and bytes of VMEM of all programs in the folder, which is emptied."""
+    bundles = spills = vmem = 0
     for path in dump.glob("*final_hlo-static-per-bundle-utilization.txt"):
         head, table = path.read_text().split("== UTILIZATION:")
         column = [name.strip() for name in head.strip().splitlines()[1].split(",")].index("VSTORE:SPILL")
         lines = [line.split() for line in table.strip().splitlines()]
         bundles += len(lines)
         spills += sum(int(line[column]) for line in lines)
+    for path in dump.glob("*pre-finalize-registers-and-allocations.txt"):
+        sizes = re.findall(r"#allocation\d+ \[.*?space=vmem, size = (0x[0-9a-f]+), scoped", path.read_text())
+        vmem = max(vmem, sum(int(size, 16) for size in sizes))
     for path in dump.iterdir():
         path.unlink()
-    return bundles, spills
+    return bundles, spills, vmem
 
 
-def main() -> None:
-    """Prints the rows for the names on the command line."""
-    names, dump = sys.argv[1:], os.environ.get(DUMP)
-    found = (_row(*job, Path(dump)) for job in _jobs(names)) if dump else _from_child(names)
+def main(names: Sequence[str]) -> None:
+    """Prints the rows for these names."""
+    dump = os.environ.get(DUMP)
+    found = (_row(*job, Path(dump)) for job in _jobs(names)) if dump else _from_child(_checked(names))
     for row in found:
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -41,7 +41,8 @@ from mora_jax.ops.gated_projection.tiles import (
 )
 from mora_jax.ops.gated_projection.xla import Selection
 
-DECODED_TOKENS = 32  # up to here rows of values are fetched one by one
+DECODED_TOKENS = 32  # up to here rows of values are fetched one by one,
+DECODED_ROWS = 64  # up to so many for a token
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -77,11 +78,11 @@ def decode(
 ) -> Float[Array, "t d_out"]:
     """The same y without a gradient, for a few tokens: reads live keys and the values of the chosen experts only.
 
-    More than 128 tokens and values that are not float32 (rows that cannot be fetched singly) go through `project`'s
-    kernel.
+    More than 128 tokens, a top_k above 64 and values that are not float32 (rows that cannot be fetched singly) go
+    through `project`'s kernel.
     """
     float32 = all(v is None or v.dtype == jnp.float32 for v in (values, fresh_values))
-    if not 0 < x.shape[0] <= LANES or not float32:
+    if not 0 < x.shape[0] <= LANES or how.top_k > DECODED_ROWS or not float32:
         return _forward(x, keys, values, fresh_keys, fresh_values, live, how, interpret)[0]
     banks = pad_banks(keys, fresh_keys), pad_banks(values, fresh_values)
     fresh = 0 if fresh_keys is None else fresh_keys.shape[0]
@@ -92,8 +93,9 @@ def decode(
 def unsupported(x, keys, values, fresh_keys, how: Selection) -> str | None:
     """Why these shapes and dtypes cannot run here, in one clause; None where they can. Looks at nothing but shapes."""
     del how
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"x is {x.dtype}, not float32 or bfloat16"
+    for name, array in {"x": x, "keys": keys, "values": values}.items():
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {array.dtype}, not float32 or bfloat16"
     if fresh_keys is not None and fresh_keys.shape[0] > BLOCK:
         return f"{fresh_keys.shape[0]} fresh experts are more than {BLOCK}"
     for d in (x.shape[1], values.shape[1]):
@@ -109,8 +111,6 @@ def unsupported(x, keys, values, fresh_keys, how: Selection) -> str | None:
 
 def _forward(x, keys, values, fresh_keys, fresh_values, live, how, interpret):
     saved = x, keys, values, fresh_keys, fresh_values, live
-    if x.shape[0] == 0:
-        return jnp.zeros((0, values.shape[1]), x.dtype), saved
     banks = pad_banks(keys, fresh_keys), pad_banks(values, fresh_values)
     fresh = 0 if fresh_keys is None else fresh_keys.shape[0]
     y = _fused(pad_tokens(x), *banks, jnp.reshape(live, 1).astype(jnp.int32), fresh, how, interpret)
@@ -119,13 +119,14 @@ def _forward(x, keys, values, fresh_keys, fresh_values, live, how, interpret):
 
 def _backward(how, interpret, saved, dy):
     x, keys, values, fresh_keys, fresh_values, live = saved
-    if fresh_keys is None:  # every row has a gradient, and such banks are small: nothing to save
+    if fresh_keys is None:  # gradients of every row would not fit VMEM in general: they take the unfused path
         _, vjp = jax.vjp(lambda *rows: xla.gated_projection(*rows, None, None, live, how), x, keys, values)
         return *vjp(dy), None, None, None
     fresh = fresh_keys.shape[0]
     banks = pad_banks(keys, fresh_keys), pad_banks(values, fresh_values)
     live = jnp.reshape(live, 1).astype(jnp.int32)
-    dx, d_keys, d_values = gradients(pad_tokens(x), *banks, live, pad_tokens(dy), fresh, how, interpret)
+    dy = jnp.pad(dy, ((0, max(0, LANES - x.shape[0])), (0, 0)))
+    dx, d_keys, d_values = gradients(pad_tokens(x), *banks, live, dy, fresh, how, interpret)
     d_fresh = d_keys.astype(fresh_keys.dtype), d_values.astype(fresh_values.dtype)
     return dx[: x.shape[0]], None, None, *d_fresh, None
 
@@ -140,8 +141,11 @@ def pad_banks(bank, fresh) -> tuple[jax.Array, ...]:
 
 
 def pad_tokens(x):
-    """At least one register of tokens; more are cut raggedly inside the kernels."""
-    return jnp.pad(x, ((0, max(0, LANES - x.shape[0])), (0, 0)))
+    """At least one register of tokens; more are cut raggedly inside the kernels.
+
+    The last token is repeated: zeros would have equal scores, which cost a search for the lowest rows.
+    """
+    return jnp.pad(x, ((0, max(0, LANES - x.shape[0])), (0, 0)), mode="edge" if x.shape[0] else "constant")
 
 
 def _fused(x, keys, values, live, fresh: int, how: Selection, interpret):
@@ -170,7 +174,7 @@ def _fused(x, keys, values, live, fresh: int, how: Selection, interpret):
             pltpu.VMEM((total, tiles.tokens), jnp.int32),
             pltpu.VMEM((total, tiles.tokens), jnp.float32),
             pltpu.VMEM((tiles.tokens, turned_columns(bank, total - bank)), x.dtype),
-            stack_shape(x.dtype, max(tiles.inputs, tiles.outputs), bank, total - bank),
+            stack_shape(x.dtype, tiles, bank, total - bank),
             pltpu.VMEM((tiles.tokens, min(tiles.outputs, SLICE)), jnp.float32),
             pltpu.SMEM((pl.cdiv(total, BLOCK),), jnp.int32),
         ],

@@ -88,7 +88,7 @@ def gradients(x, keys, values, live, dy, fresh: int, how: Selection, interpret):
             pltpu.VMEM((total, tiles.tokens), jnp.int32),
             pltpu.VMEM((8, tiles.tokens), jnp.float32),
             pltpu.VMEM((tiles.tokens, turned_columns(bank, fresh_rows)), x.dtype),
-            stack_shape(x.dtype, max(tiles.inputs, tiles.outputs), bank, fresh_rows),
+            stack_shape(x.dtype, tiles, bank, fresh_rows),
             pltpu.VMEM((tiles.tokens, min(tiles.inputs, SLICE)), jnp.float32),
         ],
     )

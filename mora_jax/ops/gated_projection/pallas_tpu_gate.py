@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mora_jax.ops.gated_projection.reference import FLOOR
-from mora_jax.ops.gated_projection.tiles import BLOCK, LANES, SLICE, STRIP, WIDEST, round_up, whole_lanes
+from mora_jax.ops.gated_projection.tiles import BLOCK, LANES, MIX_STRIP, SLICE, STRIP, Tiles, round_up, whole_lanes
 from mora_jax.ops.gated_projection.xla import ROUNDS_UP_TO, Selection
 
 LOWEST = jnp.iinfo(jnp.int32).min  # below the order of every score: a row without an expert
@@ -122,10 +122,11 @@ def stack(stack_ref, blocks, parts: int) -> int:
     return row
 
 
-def stack_shape(dtype, columns: int, bank: int, fresh_rows: int):
-    """Scratch for `stack`, for tokens of `dtype` and as many columns as lie in fast memory."""
+def stack_shape(dtype, tiles: Tiles, bank: int, fresh_rows: int):
+    """Scratch for `stack`: as many parts as `dtype`, that of the tokens, needs, of the widest slice."""
     parts = 3 if dtype == jnp.bfloat16 else 1
-    return pltpu.VMEM((parts * (min(bank, BLOCK) + fresh_rows), min(columns, WIDEST)), dtype)
+    columns = max(whole_lanes(tiles.inputs, SLICE), whole_lanes(tiles.outputs, SLICE))
+    return pltpu.VMEM((parts * (min(bank, BLOCK) + fresh_rows), columns), dtype)
 
 
 def respond(out_ref, tokens_ref, banks, stack_ref, rows: Rows, *, exact: bool) -> None:
@@ -147,7 +148,7 @@ def respond(out_ref, tokens_ref, banks, stack_ref, rows: Rows, *, exact: bool) -
                 out_ref[out, cols] += found[row : row + at.size]
                 row += at.size
 
-        each_slice(tokens_ref.shape[0], strip, STRIP)
+        each_slice(tokens_ref.shape[0], strip, STRIP[tokens_ref.dtype.name])
 
     def over(cut):
         targets = [(banks[0], pl.ds(0, rows.first), pl.ds(0, rows.first))]
@@ -193,24 +194,35 @@ def mix(out_ref, turned_ref, banks, stack_ref, sum_ref, rows: Rows, active=None)
     active[block] is not 0.
     """
 
+    def each_strip(body):
+        each_slice(out_ref.shape[0], body, MIX_STRIP[turned_ref.dtype.name])
+
     def over(cut):
         blocks = [banks[0][: rows.first, cut]] + [ref[:, cut] for ref in banks[1:]]
-        height = stack(stack_ref, blocks, 1)
-        total = product(turned_ref[:, :height], stack_ref[:height, : cut.size], MATRIX)
-        if rows.bank == rows.first:
-            out_ref[:, cut] = total.astype(out_ref.dtype)
-            return
-        here = pl.ds(0, cut.size)
-        sum_ref[:, here] = total
+        height, here = stack(stack_ref, blocks, 1), pl.ds(0, cut.size)
+        single = rows.bank == rows.first
+
+        def near(tokens):
+            total = product(turned_ref[tokens, :height], stack_ref[:height, here], MATRIX)
+            if single:
+                out_ref[tokens, cut] = total.astype(out_ref.dtype)
+            else:
+                sum_ref[tokens, here] = total
 
         def later(block, _):
             @pl.when(True if active is None else active[block] != 0)
             def _():
                 bank = banks[0][pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK), cut].astype(turned_ref.dtype)
-                sum_ref[:, here] += product(turned_ref[:, _later_columns(block, rows)], bank, MATRIX)
 
-        jax.lax.fori_loop(1, rows.blocks, later, None)
-        out_ref[:, cut] = sum_ref[:, here].astype(out_ref.dtype)
+                def strip(tokens):
+                    sum_ref[tokens, here] += product(turned_ref[tokens, _later_columns(block, rows)], bank, MATRIX)
+
+                each_strip(strip)
+
+        each_strip(near)
+        if not single:
+            jax.lax.fori_loop(1, rows.blocks, later, None)
+            out_ref[:, cut] = sum_ref[:, here].astype(out_ref.dtype)
 
     each_slice(out_ref.shape[1], over, SLICE)
 
