@@ -27,10 +27,10 @@ from rich.table import Table
 from mora_jax.errors import MoraError, exit_code
 
 Row = dict[str, Any]
-MODULES = ("compile_tpu", "compile_gpu")
+TARGETS = {"compile_tpu": ("v5e", "v5p", "v6e"), "compile_gpu": ("h100",)}  # by module
 COMPILERS = Path(sys.prefix) / "compilers"
 RECORD = Path(__file__).with_name("compiled.json")
-IDENTITY = ("target", "kernel", "shape", "dtype")
+IDENTITY = ("target", "kernel", "shape")
 MEASURES = ("temporaries", "vmem", "shared_memory", "registers", "spills")  # of which less is better
 AT_LEAST = ("tensor_core",)  # of which there must be some, where there were
 USAGE = "python -m mora_jax.ops.gated_projection.compile_check [NAME ...] [--update]"
@@ -41,8 +41,12 @@ def compile_all(names: Sequence[str]) -> Iterator[Row]:
     if not COMPILERS.is_dir():
         raise MoraError(f"{COMPILERS} is missing; `bash launch.sh test` installs the compilers into it")
     path = os.pathsep.join(filter(None, (str(COMPILERS), os.environ.get("PYTHONPATH"))))
-    for module in MODULES:
-        command = [sys.executable, "-m", f"{__package__}.{module}", *names]
+    for module, own in TARGETS.items():
+        others = {target for targets in TARGETS.values() for target in targets} - {*own}
+        mine = [name for name in names if name.split(":")[-1] not in others]
+        if names and not mine:
+            continue
+        command = [sys.executable, "-m", f"{__package__}.{module}", *mine]
         environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
             yield from (json.loads(line) for line in child.stdout if line.startswith("{"))
@@ -81,7 +85,7 @@ def table(rows: Sequence[Row]) -> Table:
     """What the compilers said, a line each."""
     columns = [name for name in (*MEASURES, *AT_LEAST, "seconds") if any(row.get(name) is not None for row in rows)]
     shown = Table(title="ahead of time, bytes or counts", title_justify="left")
-    for name in IDENTITY[:3]:
+    for name in IDENTITY:
         shown.add_column(name)
     for name in columns:
         shown.add_column(name.replace("_", " "), justify="right")
@@ -89,7 +93,7 @@ def table(rows: Sequence[Row]) -> Table:
         cells = [_cell(row.get(name)) for name in columns]
         if "unsupported" in row:
             cells = [row["unsupported"], *[""] * (len(columns) - 1)]
-        shown.add_row(*(str(row[name]) for name in IDENTITY[:3]), *cells)
+        shown.add_row(*(str(row[name]) for name in IDENTITY), *cells)
     return shown
 
 

@@ -2,7 +2,7 @@
 
     PYTHONPATH=COMPILERS python -m mora_jax.ops.gated_projection.compile_gpu [NAME ...]
 
-prints one JSON line for each kernel and shape of shapes.py, of which a NAME chooses some as in compile_tpu. COMPILERS is
+prints one JSON line for each kernel and shape of shapes.py, of which NAMEs choose some, as in compile_tpu. COMPILERS is
 a folder with jax-cuda12-plugin, jax-cuda12-pjrt (the release of jax) and nvidia-cuda-nvcc-cu12, for development only.
 That a kernel compiles says nothing of its speed.
 """
