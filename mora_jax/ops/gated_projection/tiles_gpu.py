@@ -37,7 +37,7 @@ def tiles_of(kernel: str, d_in: int, d_out: int, n: int, r: int, exact: bool) ->
     return Tiles(
         tokens=64,
         experts=min(max(power_of_two(n), SMALLEST), block),
-        fresh=min(max(power_of_two(r), SMALLEST), block),
+        fresh=min(max(power_of_two(r), SMALLEST), block, 32),
         inputs=divisor(d_in, 32 if exact or short else 64),
         outputs=divisor(d_out, 32 if exact else 64),
         warps=8,
