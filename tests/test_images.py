@@ -1,4 +1,4 @@
-"""Pictures: the reference's pixels to one level of 255, every mode of a file, and what is refused."""
+"""Pictures: the pixels of the reference, every mode of a file, and what is refused."""
 
 from __future__ import annotations
 
@@ -60,11 +60,10 @@ def test_pixels_equal_the_reference(shape: tuple[int, int], size: int) -> None:
     assert ours.shape == (size, size, 3)
     assert ours.dtype == np.uint8
     assert ours.std() > 5
-    assert np.abs(ours - in_levels(theirs)).max() <= 1.001
+    np.testing.assert_allclose(ours, in_levels(theirs), atol=1e-3)  # not one level apart
     numbers = images.normalise(ours, images.OPENAI_MEAN, images.OPENAI_STD)
     assert numbers.dtype == np.float32
-    levels = np.abs(numbers.transpose(2, 0, 1) - theirs) * np.asarray(images.OPENAI_STD)[:, None, None]
-    assert levels.max() <= 1.001 / 255
+    np.testing.assert_allclose(numbers.transpose(2, 0, 1), theirs, atol=1e-5)
 
 
 def modes() -> dict[str, Image.Image]:
@@ -84,7 +83,7 @@ def modes() -> dict[str, Image.Image]:
 def test_modes_equal_the_reference(name: str) -> None:
     image = modes()[name]
     ours = images.pixels(encoded(image), 24, name)
-    assert np.abs(ours - in_levels(reference(image, 24))).max() <= 1.001
+    np.testing.assert_allclose(ours, in_levels(reference(image, 24)), atol=1e-3)
 
 
 def test_transparency_is_white_in_every_form() -> None:
@@ -130,17 +129,6 @@ def test_an_animation_gives_its_first_picture() -> None:
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "lime")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert (np.asarray(images.decode(data, "x")) == (255, 0, 0)).all()
-
-
-@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (3, 9000)], ids=str)
-def test_a_very_long_picture_costs_no_more_than_a_square_one(shape: tuple[int, int]) -> None:
-    """Resized whole, it would have 224 x 4,480,000 pixels."""
-    image = Image.fromarray(picture(*shape))
-    start = time.perf_counter()
-    ours = images.centre_square(image, 224)
-    assert time.perf_counter() - start < 1
-    assert ours.shape == (224, 224, 3)
-    assert np.abs(images.centre_square(image, 8) - in_levels(reference(image, 8))).max() <= 1.001
 
 
 def test_normalise_is_the_same_inside_a_model() -> None:
@@ -224,6 +212,15 @@ def test_a_bomb_in_a_text_chunk_is_refused() -> None:
     assert len(data) < 100_000
     with pytest.raises(MoraError, match=r"bomb\.png: .*[Dd]ecompressed"):
         images.decode(data, "bomb.png")
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)], ids=str)
+def test_a_picture_that_explodes_when_resized_is_refused(shape: tuple[int, int]) -> None:
+    """20,000 pixels that would become 224 x 4,480,000."""
+    data = encoded(Image.new("RGB", shape))
+    assert images.pixels(data, 8, "x").shape == (8, 8, 3)
+    with pytest.raises(MoraError, match=r"long\.png: .* pixels become .*4480000.* more than the 64000000 allowed"):
+        images.pixels(data, 224, "long.png")
 
 
 def test_floating_point_pixels_are_refused() -> None:

@@ -63,25 +63,28 @@ def _rgb(image: Image.Image, source: object) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def centre_square(image: Image.Image, size: int, source: object) -> UInt8[np.ndarray, "size size 3"]:
     """The picture resized so that its shorter side has `size` pixels, bicubic, and of that the square in the middle.
 
-    The other side becomes int(size * long / short). Only what is kept is computed, so a very long picture costs no more
-    than a square one.
+    The other side becomes int(size * long / short). Raises MoraError, naming `source`, for a picture so long and narrow
+    that it would then have more than MAX_PIXELS.
     """
     width, height = image.size
     short = min(width, height)
-    resized = (size * width // short, size * height // short)
-    # The square, measured in pixels of the picture as it is.
-    left, top = ((resized[axis] - size) // 2 for axis in (0, 1))
-    x, y = width / resized[0], height / resized[1]
-    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    width, height = size * width // short, size * height // short
+    if width * height > MAX_PIXELS:
+        raise MoraError(
+            f"{source}: {image.size[0]} x {image.size[1]} pixels become {width} x {height} where the shorter side is "
+            f"{size}, more than the {MAX_PIXELS} allowed for one picture"
+        )
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
 def pixels(data: bytes, size: int, source: object) -> UInt8[np.ndarray, "size size 3"]:
     """`decode` and `centre_square`: what a model for `size` x `size` pixels looks at."""
-    return centre_square(decode(data, source), size)
+    return centre_square(decode(data, source), size, source)
 
 
 def normalise(

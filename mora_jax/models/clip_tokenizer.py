@@ -112,13 +112,11 @@ def _read_merges(file: Path) -> list[tuple[str, ...]]:
 
 
 def _bpe(vocab: dict[str, int], merges: Sequence[tuple[str, ...]], source: object) -> tokenizers.Tokenizer:
-    try:
-        model = models.BPE(
-            vocab, list(merges), continuing_subword_prefix="", end_of_word_suffix=_WORD_END, unk_token=END
-        )
-    # The Rust library raises bare Exception, here for a merge whose parts or result are no tokens.
-    except Exception as error:
-        raise MoraError(f"{source}: tokens and merges do not fit together ({error})") from error
+    for left, right in merges:  # the Rust library ends the process's thread where one is missing
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise MoraError(f"{source}: merge {left!r} {right!r} needs the token {token!r}, which has no id")
+    model = models.BPE(vocab, list(merges), continuing_subword_prefix="", end_of_word_suffix=_WORD_END, unk_token=END)
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
