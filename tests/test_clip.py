@@ -159,6 +159,17 @@ def test_the_end_of_text() -> None:
     assert end_of_text(rows, LEGACY_EOS).tolist() == [0, 3]
 
 
+def test_a_new_model_starts_with_finite_logits_at_its_first_temperature() -> None:
+    pictures, tokens = inputs(TINY)
+    clip = CLIP(TINY)
+    params = fast(clip.init)(jax.random.key(0), pictures, tokens)["params"]
+    logits = forward(clip, params, pictures, tokens)
+    assert logits.shape == (3, 5)
+    assert jnp.isfinite(logits).all()
+    assert float(jnp.abs(logits).max()) <= 1 / 0.07 + 1e-3
+    assert float(jnp.exp(params["logit_scale"])) == pytest.approx(1 / 0.07)
+
+
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
@@ -338,8 +349,10 @@ def test_configs_that_are_refused(change: dict[str, Any], message: str | None) -
 @pytest.mark.parametrize(
     ("preprocessor", "message"),
     [
-        ({"crop_size": 336}, "cut to 336 .crop_size., but the model takes 224"),
-        ({"crop_size": {"height": 224, "width": 200}}, "cut to .*200"),
+        ({"crop_size": 336}, "brought to 336 .crop_size., but the model takes 224"),
+        ({"crop_size": {"height": 224, "width": 200}}, "brought to .*200"),
+        ({"size": {"shortest_edge": 256}, "crop_size": 224}, "brought to .*256"),
+        ({"size": {"height": 224, "width": 224}}, "only the shortest_edge can be resized"),
         ({"resample": 2}, "resample is 2; only 3"),
         ({"image_mean": [0.5, 0.5]}, r"must be three numbers each"),
         ({"image_std": [0.5, 0.5, 0]}, r"std above 0"),
@@ -365,6 +378,15 @@ def test_the_keys_of_old_files_are_read() -> None:
     assert (config.text.activation, config.text.eos_id, config.text.layers) == ("gelu", 49407, 12)
     assert (config.vision.patch_size, config.vision.mean) == (16, (0.5, 0.5, 0.5))
     assert from_hf(old | {"text_config_dict": None}, {}, "old").text.eos_id == LEGACY_EOS
+
+
+def test_the_processor_file_of_transformers_5_is_read(tmp_path: Path) -> None:
+    clip_weights.save_params(random_params(TINY), TINY, tmp_path)
+    stated = (tmp_path / clip_weights.PREPROCESSOR_FILE).read_text(encoding="utf-8")
+    (tmp_path / clip_weights.PREPROCESSOR_FILE).unlink()
+    content = {"image_processor": json.loads(stated) | {"image_mean": [0.1, 0.2, 0.3]}}
+    (tmp_path / clip_weights.PROCESSOR_FILE).write_text(json.dumps(content), encoding="utf-8")
+    assert clip_weights.load_config(tmp_path).vision.mean == (0.1, 0.2, 0.3)
 
 
 OPEN_CLIP = {"embed_dim": 10, "vision_cfg": {"patch_size": 32}, "text_cfg": {"heads": 8}}

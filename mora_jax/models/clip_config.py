@@ -194,10 +194,15 @@ def _pixels(
     preprocessor: Mapping[str, Any], image_size: int, names: tuple[str, str], source: object
 ) -> dict[str, tuple[float, ...]]:
     """mean and std, where a file has them under `names`; CLIP's own where it has none."""
-    side = preprocessor.get("crop_size", image_size)
-    sides = side.values() if isinstance(side, Mapping) else [side]
-    if any(value != image_size for value in sides):
-        raise MoraError(f"{source}: pictures are cut to {side} (crop_size), but the model takes {image_size} pixels")
+    for key in ("size", "crop_size"):
+        side = preprocessor.get(key, image_size)
+        sides = side.values() if isinstance(side, Mapping) else side if isinstance(side, list) else [side]
+        if any(value != image_size for value in sides):
+            raise MoraError(
+                f"{source}: pictures are brought to {side} ({key}), but the model takes {image_size} pixels"
+            )
+    if isinstance(preprocessor.get("size"), Mapping) and list(preprocessor["size"]) != ["shortest_edge"]:
+        raise MoraError(f"{source}: size is {preprocessor['size']}; only the shortest_edge can be resized")
     if preprocessor.get("resample", _BICUBIC) != _BICUBIC:
         raise MoraError(f"{source}: resample is {preprocessor['resample']!r}; only {_BICUBIC}, bicubic, is supported")
     found = {}

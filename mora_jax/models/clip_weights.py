@@ -25,6 +25,7 @@ from mora_jax.models.keytable import Entry, Params, check_shapes, fill
 
 Layout = Literal["hf", "open_clip"]
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"  # where transformers 5 keeps the same, beside a tokenizer
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # What some files hold beside the weights: index buffers, the causal mask, and sizes that OpenAI stored as tensors.
 _IGNORED = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
@@ -155,8 +156,10 @@ def load_config(folder: Path) -> CLIPConfig:
     if layout_of(folder) == "open_clip":
         path = folder / OPEN_CLIP_CONFIG
         return clip_config.from_open_clip(hf.read_json(path), path)
-    preprocessor = folder / PREPROCESSOR_FILE
+    preprocessor, processor = folder / PREPROCESSOR_FILE, folder / PROCESSOR_FILE
     stated = hf.read_json(preprocessor) if preprocessor.exists() else {}
+    if not stated and processor.exists():
+        stated = hf.read_json(processor).get("image_processor") or {}
     return clip_config.from_hf(hf.read_json(folder / hf.CONFIG_FILE), stated, folder / hf.CONFIG_FILE)
 
 
