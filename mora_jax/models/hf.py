@@ -6,6 +6,7 @@ Only safetensors is read: pickles run code when loaded. Nothing from the folder 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,22 @@ def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
     broken file, and a missing, unexpected, wrongly shaped or non-float tensor.
     """
     folder = Path(folder)
+    shapes, read = open_tensors(weight_files(folder))
+    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
+    return assemble(
+        config, dtype, "hf", shapes, read, folder,
+        ignored=lambda name: name in ignored or name.endswith("rotary_emb.inv_freq"),
+    )  # fmt: skip
+
+
+def open_tensors(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """(the shape of every tensor in some safetensors files by its name, a function that reads one of them).
+
+    Raises MoraError for a broken file; the function raises it for a tensor of another than a float dtype.
+    """
     owners: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
+    for path in files:
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118  safe_open is no mapping
@@ -85,11 +99,7 @@ def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
                 raise MoraError(f"{path}: tensor {name!r} has dtype {kind}; known: {', '.join(_DTYPES)}")
             return file.get_tensor(name)
 
-    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
-    return assemble(
-        config, dtype, "hf", shapes, read, folder,
-        ignored=lambda name: name in ignored or name.endswith("rotary_emb.inv_freq"),
-    )  # fmt: skip
+    return shapes, read
 
 
 def save_params(params: Params, config: DecoderConfig, folder: Path) -> None:
@@ -101,11 +111,11 @@ def save_params(params: Params, config: DecoderConfig, folder: Path) -> None:
     folder = Path(folder)
     content = families.to_hf(config)
     flat = flatten_dict(params, sep="/")
-    _check_params(flat, config)
+    check_params(flat, {row.ours: param_shape(row, config) for row in rows(config)})
     content["dtype"] = flat["embed/embedding"].dtype.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _write_safetensors(folder / WEIGHTS_FILE, flat, config)
+    write_safetensors(folder / WEIGHTS_FILE, flat, entries(config, "hf"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,7 +129,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, sharded or not; raises MoraError where there are none or the index is bad."""
     index = folder / INDEX_FILE
     if index.exists():
         shards = read_json(index).get("weight_map")
@@ -138,8 +149,8 @@ def _weight_files(folder: Path) -> list[Path]:
     raise MoraError(f"{folder}: no weights; known: {WEIGHTS_FILE}, {INDEX_FILE} with its shards")
 
 
-def _check_params(flat: dict[str, Any], config: DecoderConfig) -> None:
-    wanted = {row.ours: param_shape(row, config) for row in rows(config)}
+def check_params(flat: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises MoraError unless the parameters by path are those of shapes `wanted`, in dtypes that can be written."""
     if missing := wanted.keys() - flat.keys():
         raise MoraError(f"missing parameter {min(missing)!r} of shape {list(wanted[min(missing)])}")
     for path, array in flat.items():
@@ -151,28 +162,32 @@ def _check_params(flat: dict[str, Any], config: DecoderConfig) -> None:
             raise MoraError(f"parameter {path!r} has dtype {array.dtype.name}; known: {', '.join(_DTYPES.values())}")
 
 
-def _write_safetensors(path: Path, flat: dict[str, Any], config: DecoderConfig) -> None:
+def write_safetensors(path: Path, flat: Mapping[str, Any], stored: Iterable[Entry]) -> None:
     """Stream one tensor at a time; `safetensors.numpy.save_file` would hold two more copies of the model.
 
-    The format (safetensors README, "Format"): u64 length of a JSON header, the header, the tensors without gaps.
+    `flat` has the parameters by path, `stored` the tensors to write, layer by layer within a row. The format
+    (safetensors README, "Format"): u64 length of a JSON header, the header, the tensors without gaps.
     """
     kinds = {name: kind for kind, name in _DTYPES.items()}
     # Wide dtypes first keep every tensor aligned to its item size.
-    order: list[Entry] = sorted(entries(config, "hf"), key=lambda entry: -flat[entry.row.ours].dtype.itemsize)
+    order: Collection[Entry] = sorted(stored, key=lambda entry: -flat[entry.row.parts[0]].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row, _, name, shape in order:
-        start, dtype = end, flat[row.ours].dtype
+        start, dtype = end, flat[row.parts[0]].dtype
+        if any(flat[part].dtype != dtype for part in row.parts):
+            raise MoraError(f"{', '.join(row.parts)} are one tensor in {path.name}, but they differ in dtype")
         end += int(np.prod(shape)) * dtype.itemsize
         header[name] = {"dtype": kinds[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    current, stack = "", np.empty(0)
+    current, stacks = None, {}
     with path.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for row, layer, _, _ in order:
-            if row.ours != current:
+            if row is not current:
                 # One transfer for a whole stack rather than one for each layer.
-                current, stack = row.ours, np.asarray(jax.device_get(flat[row.ours]))
-            tensor = stack if layer is None else stack[layer]
-            out.write(np.ascontiguousarray(tensor.T if row.transform == "transpose" else tensor).tobytes())
+                current, stacks = row, {part: np.asarray(jax.device_get(flat[part])) for part in row.parts}
+            for stack in stacks.values():
+                tensor = stack if layer is None else stack[layer]
+                out.write(np.ascontiguousarray(tensor.T if row.transform == "transpose" else tensor).tobytes())

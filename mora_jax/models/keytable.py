@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -20,11 +20,24 @@ from jaxtyping import Shaped
 from mora_jax.errors import MoraError
 from mora_jax.models.decoder_config import DecoderConfig
 
-# A nested dict of arrays, the "params" collection of the decoder.
 READERS = 2  # tensors that are read at a time; each may be held twice, as stored and as it will be
 BLOCK = 128  # rows and columns of a transposed copy that stay in the cache
+# A nested dict of arrays, the "params" collection of a model.
 Params = dict[str, Any]
 Format = Literal["hf", "gguf"]
+
+
+class Stored(Protocol):
+    """What reading and writing must know of a kind of tensor in any key table.
+
+    `parts` are the parameters that one stored tensor holds, in equal shares along its first axis. `transform` turns it
+    into ours: "transpose" also flattens all axes but the first, as for the kernel of a convolution over patches.
+    """
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+    @property
+    def transform(self) -> Literal["transpose", "none"]: ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,10 @@ class Row:
     transform: Literal["transpose", "none"] = "none"
     rotary: Literal["", "heads", "kv_heads"] = ""
     present: Callable[[DecoderConfig], bool] = lambda config: True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.ours,)
 
 
 _QKV_BIAS, _O_BIAS, _MLP_BIAS = attrgetter("attention_bias"), attrgetter("output_bias"), attrgetter("mlp_bias")
@@ -85,9 +102,9 @@ TABLE = (
 
 
 class Entry(NamedTuple):
-    """One stored tensor: its row, its layer (None outside `layers/`), its name and its shape in the file."""
+    """One stored tensor: its row, its layer (None outside a stack), its name and its shape in the file."""
 
-    row: Row
+    row: Stored
     layer: int | None
     name: str
     stored_shape: tuple[int, ...]
@@ -136,17 +153,38 @@ def assemble(
     place for and that is not `ignored`.
     """
     wanted = list(entries(config, fmt))
-    _check_shapes(wanted, shapes, config, source, ignored)
+    check_shapes(wanted, shapes, source, _described(config), ignored)
+
+    def stored(entry: Entry) -> Shaped[np.ndarray, "..."]:
+        if fmt == "gguf" and entry.row.rotary:
+            return unpermute_rotary(read(entry.name), getattr(config, entry.row.rotary))
+        return read(entry.name)
+
+    return fill(wanted, {row.ours: param_shape(row, config) for row in rows(config)}, dtype, stored)
+
+
+def fill(
+    wanted: Collection[Entry],
+    sizes: Mapping[str, tuple[int, ...]],
+    dtype: Any,
+    read: Callable[[Entry], Shaped[np.ndarray, "..."]],
+) -> Params:
+    """The parameters of shapes `sizes` by path, numpy arrays of `dtype`, filled from the stored tensors `wanted`.
+
+    Each is allocated once; `read` returns an entry's tensor in its stored shape. Any model's key table can be read so.
+    """
     dtype = np.dtype(dtype)
-    flat = {row.ours: np.empty(param_shape(row, config), dtype) for row in rows(config)}
+    flat = {path: np.empty(shape, dtype) for path, shape in sizes.items()}
 
     def store(entry: Entry) -> None:
-        row, layer, name, _ = entry
-        tensor = read(name)
-        if fmt == "gguf" and row.rotary:
-            tensor = unpermute_rotary(tensor, getattr(config, row.rotary))
-        target = flat[row.ours] if layer is None else flat[row.ours][layer]
-        _copy(tensor, target, transposed=row.transform == "transpose")
+        row, tensor = entry.row, read(entry)
+        shares = [tensor] if len(row.parts) == 1 else np.split(tensor, len(row.parts))
+        for path, share in zip(row.parts, shares, strict=True):
+            target = flat[path] if entry.layer is None else flat[path][entry.layer]
+            if row.transform == "transpose":
+                _copy(share.reshape(len(share), -1), target, transposed=True)
+            else:
+                _copy(share, target, transposed=False)
 
     with ThreadPoolExecutor(READERS) as pool:  # numpy and safetensors leave the interpreter free while they copy
         for _ in pool.map(store, wanted):
@@ -199,13 +237,25 @@ def _layer_shape(row: Row, config: DecoderConfig) -> tuple[int, ...]:
     return tuple(widths[name] for name in row.dims)
 
 
-def _check_shapes(
+def _described(config: DecoderConfig) -> str:
+    return (
+        f"a {config.family} decoder with layers={config.layers}, tie_embeddings={config.tie_embeddings}, "
+        f"attention_bias={config.attention_bias}, output_bias={config.output_bias}, mlp_bias={config.mlp_bias}"
+    )
+
+
+def check_shapes(
     wanted: Collection[Entry],
     shapes: Mapping[str, tuple[int, ...]],
-    config: DecoderConfig,
     source: object,
+    model: str,
     ignored: Callable[[str], bool],
 ) -> None:
+    """Whether a file with tensors of `shapes` by name is that of the model whose tensors are `wanted`.
+
+    Raises MoraError for a missing tensor, a wrong shape, and a tensor that is neither wanted nor `ignored`; the last
+    calls the model `model`.
+    """
     for entry in wanted:
         if entry.name not in shapes:
             raise MoraError(f"{source}: missing tensor {entry.name!r}, expected with shape {list(entry.stored_shape)}")
@@ -218,8 +268,5 @@ def _check_shapes(
     for name in shapes:
         if name not in names and not ignored(name):
             raise MoraError(
-                f"{source}: unexpected tensor {name!r} of shape {list(shapes[name])}; a {config.family} decoder with "
-                f"layers={config.layers}, tie_embeddings={config.tie_embeddings}, "
-                f"attention_bias={config.attention_bias}, output_bias={config.output_bias}, "
-                f"mlp_bias={config.mlp_bias} has none of that name"
+                f"{source}: unexpected tensor {name!r} of shape {list(shapes[name])}; {model} has none of that name"
             )
