@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mora_jax import config as configs
 from mora_jax.errors import MoraError, exit_code
@@ -29,15 +30,30 @@ train.max_prompt_tokens and train.max_answer_tokens, 1024 + 512 tokens. --json p
 
 The compilers of TPU and GPU are development extras that `bash launch.sh test` puts in .venv/compilers."""
 COMPILERS = Path(sys.prefix) / "compilers"
+NOISE = ("absl::InitializeLog", "cudart_stub")  # the compilers on the accelerator that is not there
 CHILD = "MORA_JAX_PLAN_CHILD"  # set in the process that has the compilers
 
 
-def _tasks(options: dict[str, str], config) -> int:
-    if "tasks" not in options:
-        return report.count_tasks(config)
-    if not options["tasks"].isdigit() or int(options["tasks"]) < 1:
-        raise MoraError(f"--tasks={options['tasks']} must be a whole number of at least 1")
-    return int(options["tasks"])
+class Asked(NamedTuple):
+    """A command line that was understood."""
+
+    config: Any
+    aim: topologies.Target
+    tasks: int
+    as_json: bool
+
+
+def understand(argv: Sequence[str]) -> Asked:
+    """Reads the command line. Raises MoraError for what cannot be planned on any machine."""
+    known = ("config", "topology", "tasks", "config.KEY")
+    options, overrides = configs.split(argv, known, flags=("json",))
+    configs.require(options, ("config", "topology"), USAGE)
+    aim = topologies.target(options["topology"])
+    config = configs.load(options["config"], overrides)
+    tasks = options.get("tasks")
+    if tasks is not None and not (tasks.isdecimal() and int(tasks)):
+        raise MoraError(f"--tasks={tasks} must be a whole number of at least 1")
+    return Asked(config, aim, int(tasks) if tasks else report.count_tasks(config), "json" in options)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -45,40 +61,37 @@ def run(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return
-    known = ("config", "topology", "tasks", "config.KEY")
-    options, overrides = configs.split(argv, known, flags=("json",))
-    configs.require(options, ("config", "topology"), USAGE)
-    aim = topologies.target(options["topology"])
-    config = configs.load(options["config"], overrides)
-    plan = report.make_plan(config, aim, topologies.devices_of(aim), _tasks(options, config))
-    if "json" in options:
-        print(json.dumps(plan))
+    asked = understand(argv)
+    if CHILD not in os.environ:
+        in_child(argv)
         return
-    report.show(plan, Display())
+    plan = report.make_plan(asked.config, asked.aim, topologies.devices_of(asked.aim), asked.tasks)
+    if asked.as_json:
+        print(json.dumps(plan))
+    else:
+        report.show(plan, Display())
 
 
-def _in_child(argv: Sequence[str]) -> int:
-    """The same command where the compilers can be imported: their presence alone makes JAX look for a TPU and a GPU."""
+def in_child(argv: Sequence[str]) -> None:
+    """The same command where the compilers can be imported: their presence alone makes JAX look for a TPU and a GPU.
+
+    Raises MoraError without the compilers, and SystemExit with the child's code where it fails; it has said why.
+    """
     if not COMPILERS.is_dir():
-        print(f"error: {COMPILERS} is missing; `bash launch.sh test` installs the compilers into it", file=sys.stderr)
-        return 2
+        raise MoraError(f"{COMPILERS} is missing; `bash launch.sh test` installs the compilers into it")
     environment = topologies.environment(COMPILERS) | {CHILD: "1"}
     command = [sys.executable, "-m", "mora_jax.plan", *argv]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
         for line in child.stderr:
-            if not _noise(line):
+            if not any(words in line for words in NOISE):
                 sys.stderr.write(line)
-    return child.returncode
-
-
-def _noise(line: str) -> bool:
-    """What the compilers say about the accelerator that is not there."""
-    return "absl::InitializeLog" in line or "cudart_stub" in line
+    if child.returncode:
+        raise SystemExit(child.returncode)
 
 
 def main() -> int:
     """The exit code: 0 when planned, whether it fits or not; 2 after an error that was told in one line."""
-    return exit_code(run, sys.argv[1:]) if CHILD in os.environ else _in_child(sys.argv[1:])
+    return exit_code(run, sys.argv[1:])
 
 
 if __name__ == "__main__":

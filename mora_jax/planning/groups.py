@@ -22,19 +22,18 @@ def _on_mesh(axes: str, named: str) -> list[int]:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
     taken = []
-    for position, (name, size) in enumerate(sizes.items()):
+    for name, size in sizes.items():
         part = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", named)
         if part is None:
             taken.append([0])
             continue
         before, length = (int(part.group(1)), int(part.group(2))) if part.group(1) else (1, size)
         taken.append([i * (size // before // length) for i in range(length)])
-        del position
     return devices[np.ix_(*taken)].reshape(-1).tolist()
 
 
 def first_group(attributes: str) -> list[int]:
-    """The devices of the first group; a permutation's first pair; empty where nothing is written (all of them)."""
+    """The devices of the first group; of a permutation its widest pair."""
     if pairs := _PAIRS.search(attributes):
         found = [_numbers(pair) for pair in pairs.group(1).split("},{")]
         return max(found, key=lambda pair: abs(pair[0] - pair[-1]))
@@ -44,11 +43,15 @@ def first_group(attributes: str) -> list[int]:
         shape, dims, order = (_numbers(part) for part in iota.groups())
         devices = np.arange(math.prod(dims)).reshape(dims)
         return (devices.transpose(order) if order else devices).reshape(shape)[0].tolist()
-    listed = _LISTED.search(attributes)
-    return _numbers(listed.group(1)) if listed else []
+    if listed := _LISTED.search(attributes):
+        return _numbers(listed.group(1))
+    raise ValueError(f"no groups of devices in {attributes[:200]}")
 
 
 def largest_hop(attributes: str, per_host: int) -> tuple[int, bool]:
-    """How many devices a collective joins, and whether they live on several hosts of `per_host` devices."""
+    """How many devices a collective joins (2 for a permutation), and whether they live on several hosts.
+
+    `per_host` devices make a host, in their order. ValueError for a form that is not known: better than a wrong sum.
+    """
     group = first_group(attributes)
-    return max(1, len(group)), len({device // per_host for device in group}) > 1
+    return len(group), len({device // per_host for device in group}) > 1

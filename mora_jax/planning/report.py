@@ -94,7 +94,8 @@ def show(plan: dict[str, Any], display: Display) -> None:
     }
     display.facts("plan", facts)
     for table in (_bytes(plan), _costs(plan), _collectives(plan)):
-        display.console.print(table)
+        if table.row_count:
+            display.console.print(table)
     for name, step in plan["steps"].items():
         for line in step["advice"]:
             display.say(f"{name} does not fit; would help: {line}")

@@ -12,7 +12,6 @@ from typing import Any
 from mora_jax.errors import MoraError, unknown
 from mora_jax.models import families, gguf, hf
 from mora_jax.models.decoder_config import DecoderConfig
-from mora_jax.models.registry import load_model
 
 
 def _llama(d: int, ff: int, layers: int, heads: int, kv_heads: int, vocab: int, **others: Any) -> dict[str, Any]:
@@ -46,11 +45,14 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, **_SMOL),
     "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49152, **_SMOL),
     "smollm2-1.7b": _llama(2048, 8192, 24, 32, 32, 49152, **_SMOL | {"rope_theta": 1.3e5}),
+    "tiny": _llama(
+        32, 64, 2, 4, 2, 258, **_SMOL | {"rope_theta": 1e4}
+    ),  # the random one of smoke runs; bytes as tokens
 }
 
 
 def decoder_config(model: Mapping[str, Any]) -> DecoderConfig:
-    """The sizes of what `config.model` names: of local weights, of the random tiny model, or from the table.
+    """The sizes of what `config.model` names: of local weights, or from the table.
 
     Nothing is downloaded. Raises MoraError for other names, listing the known ones.
     """
@@ -59,10 +61,8 @@ def decoder_config(model: Mapping[str, Any]) -> DecoderConfig:
         return gguf.load_config(gguf.open_gguf(path))
     if model["weights"] and path.is_dir():
         return hf.load_config(path)
-    if name == "tiny":
-        return load_model(model, 0).config
     if name not in SIZES:
         if name == "custom":
             raise MoraError("model.name='custom' is planned from a local folder or .gguf file in model.weights")
-        raise unknown("size of model", name, [*SIZES, "tiny"])
+        raise unknown("size of model", name, SIZES)
     return families.from_hf(SIZES[name], f"the sizes of {name}")
