@@ -21,6 +21,8 @@ FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "after-all", "partition-id",
     "replica-id", "optimization-barrier", "while", "conditional", "call", "add-dependency",
 }  # fmt: skip
+CALLS = r"calls=%?([\w.\-]+)"
+STARTS = "AsyncCollectiveStart"
 SLICES = ("dynamic-slice", "slice", "gather")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -67,9 +69,24 @@ class Instruction:
 class Computation(dict[str, Instruction]):
     """Instructions by name, in their order."""
 
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
     @property
     def root(self) -> Instruction:
         return next(i for i in self.values() if i.root)
+
+    @property
+    def continues(self) -> bool:
+        """Whether it holds a later piece of a collective: the TPU compiler lets one go on inside several fusions.
+
+        Their text repeats the collective; it counts where it starts, be that outside of the loop that it goes on in.
+        """
+        targets = [i.attributes for i in self.values() if i.opcode == "custom-call"]
+        if any("AsyncCollectiveDone" in target for target in targets):
+            return True
+        return self.name.startswith("async_collective_fusion") and not any(STARTS in target for target in targets)
 
     @property
     def parameters(self) -> list[Instruction]:
@@ -144,7 +161,7 @@ def parse(text: str) -> tuple[dict[str, Computation], Computation]:
     entry = current = None
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            current = computations[header.group(2)] = Computation()
+            current = computations[header.group(2)] = Computation(header.group(2))
             entry = current if header.group(1) else entry
         elif line.startswith("}"):
             current = None
@@ -206,43 +223,61 @@ def _through(name: str, inside: Computation) -> Instruction:
     return made
 
 
-def _written(made: Instruction, fused: Computation) -> float:
+def _written(made: Instruction, computations: dict[str, Computation]) -> float:
     """Bytes of a fusion's result; of an update in place only the update."""
+    fused = computations[made.attribute(CALLS)]
     root = fused.root
     names = root.operands if root.opcode == "tuple" else (root.name,)
     total = 0.0
     for shape, name in zip(made.shapes, names, strict=False):
-        if shape.main:
-            source = _through(name, fused)
-            updated = source.opcode == "dynamic-update-slice"
-            total += fused[source.operands[1]].bytes(main=False) if updated else shape.bytes
+        source = _through(name, fused)
+        if shape.main and source.opcode != "parameter" and not source.collective:
+            total += _updated(source, fused, computations) or shape.bytes
     return total
 
 
-def _read(made: Instruction, fused: Computation, inside: Computation) -> float:
-    """Bytes of a fusion's operands; of one that is only sliced the slices, of one that is updated in place nothing."""
+def _updated(source: Instruction, fused: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes of the update where `source` updates in place, itself or at the end of a fusion within; else 0."""
+    if source.opcode == "fusion":
+        inner = computations[source.attribute(CALLS)]
+        return _updated(_through(inner.root.name, inner), inner, computations)
+    return fused[source.operands[1]].bytes(main=False) if source.opcode == "dynamic-update-slice" else 0.0
+
+
+def _used(name: str, fused: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes that a fusion reads of one array: of one that is only sliced the slices, of one updated in place none."""
     total = 0.0
-    for parameter, name in zip(fused.parameters, made.operands, strict=False):
-        whole = inside[name].bytes()
-        if not whole:
-            continue
-        users = [i for i in fused.values() if parameter.name in i.operands]
-        aliases = {parameter.name} | {i.name for i in users if i.opcode == "bitcast"}
-        users = [i for i in fused.values() if aliases & set(i.operands) and i.opcode != "bitcast"]
-        if users and all(i.opcode in SLICES and i.operands[0] in aliases for i in users):
-            whole = min(whole, sum(i.bytes(main=False) for i in users))
-        elif users and all(i.opcode == "dynamic-update-slice" and i.operands[0] in aliases for i in users):
-            whole = 0.0
-        total += whole
-    return total
+    for user in fused.values():
+        for position in (i for i, operand in enumerate(user.operands) if operand == name):
+            if user.collective or user.opcode == "tuple":  # counted as a collective, or handed on
+                continue
+            if user.opcode == "bitcast":
+                total += _used(user.name, fused, computations)
+            elif user.opcode == "fusion":
+                inner = computations[user.attribute(CALLS)]
+                total += _used(inner.parameters[position].name, inner, computations)
+            elif user.opcode in SLICES and position == 0:
+                total += user.bytes(main=False)
+            elif user.opcode != "dynamic-update-slice" or position:
+                return fused[name].bytes(main=False)
+    return min(total, fused[name].bytes(main=False))
+
+
+def _read(made: Instruction, inside: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes of a fusion's operands that lie in main memory."""
+    fused = computations[made.attribute(CALLS)]
+    pairs = zip(fused.parameters, made.operands, strict=False)
+    return sum(_used(parameter.name, fused, computations) for parameter, name in pairs if inside[name].bytes())
 
 
 def _moved(made: Instruction, inside: Computation, computations: dict[str, Computation]) -> float:
     if made.opcode in FREE or made.opcode.endswith("-done"):
         return 0.0
     if made.opcode == "fusion":
-        fused = computations[made.attribute(r"calls=%?([\w.\-]+)")]
-        return _written(made, fused) + _read(made, fused, inside)
+        root = computations[made.attribute(CALLS)].root
+        if "AsyncCollective" in root.attributes:
+            return made.shapes[1].bytes if STARTS in root.attributes else 0.0
+        return _written(made, computations) + _read(made, inside, computations)
     if made.opcode.endswith("-start"):  # to or from fast memory: once through main memory
         return made.shapes[0].bytes
     if made.opcode in SLICES:
@@ -293,7 +328,7 @@ class Reader:
         return [self.computations[name] for name in (_NAME.findall(listed) if listed else either)]
 
     def _of(self, inside: Computation, moves: bool, seen: set[str]) -> Tally:
-        """`seen`: channels of collectives counted already, for the TPU compiler cuts one into many pieces."""
+        """`seen`: channels of collectives that were counted already in this run of the body."""
         total = Tally()
         for made in inside.values():
             total.flops += _flops(made, inside)
@@ -309,7 +344,7 @@ class Reader:
             elif made.opcode == "fusion":
                 for called in self._called(made):
                     total.add(self._of(called, False, seen))
-            elif made.collective:
+            elif made.collective and not inside.continues:
                 self._collect(made, inside, total, seen)
         return total
 
