@@ -175,7 +175,7 @@ def parse(text: str) -> tuple[dict[str, Computation], Computation]:
 
 
 def _numbers(text: str | None) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text or "")]
+    return [int(n) for n in re.findall(r"-?\d+", text or "")]
 
 
 def _dot(made: Instruction, inside: Computation) -> float:
@@ -231,7 +231,7 @@ def _written(made: Instruction, computations: dict[str, Computation]) -> float:
     total = 0.0
     for shape, name in zip(made.shapes, names, strict=False):
         source = _through(name, fused)
-        if shape.main and source.opcode != "parameter" and not source.collective:
+        if shape.main and fused[name].opcode != "parameter" and not source.collective:
             total += _updated(source, fused, computations) or shape.bytes
     return total
 
