@@ -407,7 +407,7 @@ def test_two_compilers_agree_on_the_products_of_a_step(planned):
 
 
 NOT_CUT = pytest.mark.xfail(
-    reason="no constraint keeps hidden states cut over rows, so each device holds the whole batch: 18.8 GiB beside weights"
+    reason="nothing keeps hidden states cut over rows: each device holds the whole batch, 18.8 GiB beside the weights"
 )
 
 
