@@ -156,6 +156,8 @@ def test_the_manner_of_the_tpu_compiler_is_understood():
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, x", [0, 1, 2, 3]),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x", [0, 4]),
         ("replica_groups=mesh['a'=8] {'a':(2)2}, x", [0, 2]),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}, x", [0, 4]),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, x", [0, 1, 2, 3]),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, x", [3, 0]),
     ],
 )

@@ -10,17 +10,23 @@ import numpy as np
 _PAIRS = re.compile(r"source_target_pairs={(.*?)}}")
 _LISTED = re.compile(r"replica_groups={{([\d,]*)}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? {([^}]*)}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? {([^}]*)}")
 
 
 def _numbers(text: str | None) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text or "")]
 
 
-def _on_mesh(axes: str, named: str) -> list[int]:
-    """`mesh['a'=4,'b'=8] {'b'}`, where `'b':(2)4` is a part of an axis: the group of device 0."""
+def _on_mesh(axes: str, dims: str | None, order: str | None, named: str) -> list[int]:
+    """`mesh['a'=4,'b'=8] {'b'}`, where `'b':(2)4` is a part of an axis: the first device's group.
+
+    The mesh is filled with devices in their order, or in that of `device_ids=([8,4]T(1,0))`.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
-    devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    devices = np.arange(math.prod(sizes.values()))
+    if dims:
+        devices = devices.reshape(_numbers(dims)).transpose(_numbers(order) or None)
+    devices = devices.reshape(tuple(sizes.values()))
     taken = []
     for name, size in sizes.items():
         part = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", named)
