@@ -30,10 +30,13 @@ from mora_jax.runtime.optimizer import SCHEDULES
 
 USAGE = """\
 python -m mora_jax.train --config=configs/llm_cl.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
+python -m mora_jax.train --config=... --dry_run
 python -m mora_jax.train --list
 
 ARG is a comma list: benchmark=NAME, model=NAME, method=NAME, smoke. KEY is any key of the config, for example
---config.train.learning_rate=1e-3. The same command in the same workdir resumes. --list prints the known names."""
+--config.train.learning_rate=1e-3. The same command in the same workdir resumes. --list prints the known names.
+--dry_run compiles the steps for the devices of this machine and says what they need; python -m mora_jax.plan does that
+for devices that are elsewhere."""
 
 # Keys that hold a number, or a comma list with one number per task.
 PER_TASK = ("train.steps_per_task", "train.epochs_per_task")
@@ -62,7 +65,10 @@ NOT_RESULTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Invocation:
-    """A command line that was understood. `config` is None where only --list was asked for."""
+    """A command line that was understood. `config` is None where only --list was asked for.
+
+    `workdir` is None there and for a dry run, which writes nothing.
+    """
 
     config: ConfigDict | None
     workdir: Path | None
@@ -70,12 +76,13 @@ class Invocation:
 
 def parse(argv: Sequence[str]) -> Invocation:
     """Reads the command line. Raises MoraError; the config that comes back has been validated."""
-    options, overrides = split(argv, ("config", "config.KEY", "workdir"), flags=("list",))
+    options, overrides = split(argv, ("config", "config.KEY", "workdir"), flags=("list", "dry_run"))
     if "list" in options:
         return Invocation(None, None)
-    require(options, ("config", "workdir"), USAGE)
+    dry = "dry_run" in options
+    require(options, ("config",) if dry else ("config", "workdir"), USAGE)
     config = load(options["config"], overrides)
-    return Invocation(config, Path(options["workdir"]))
+    return Invocation(config, None if dry else Path(options["workdir"]))
 
 
 def split(

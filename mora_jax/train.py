@@ -30,6 +30,8 @@ from mora_jax.methods.method import from_config
 from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS, metric
 from mora_jax.models.registry import MODELS
+from mora_jax.planning import report as plans
+from mora_jax.planning import topologies
 from mora_jax.reporting import page
 from mora_jax.runtime import distributed
 from mora_jax.runtime.checkpoint import Checkpoints
@@ -328,6 +330,12 @@ def print_known() -> None:
     })  # fmt: skip
 
 
+def dry_run(config: Any) -> None:
+    """What --dry_run prints: the steps of the last task compiled for the devices here. Nothing is loaded or written."""
+    plan = plans.make_plan(config, topologies.here(jax.devices()), jax.devices(), plans.count_tasks(config))
+    plans.show(plan, Display())
+
+
 def run(argv: Sequence[str]) -> None:
     """Everything but the handling of errors."""
     if {"-h", "--help"} & set(argv):
@@ -338,6 +346,9 @@ def run(argv: Sequence[str]) -> None:
         print_known()
         return
     experiment.keep_compiled()
+    if invocation.workdir is None:
+        dry_run(invocation.config)
+        return
     command = shlex.join(["python", "-m", "mora_jax.train", *argv])
     with locked(invocation.workdir):
         Run(invocation.config, invocation.workdir, command).teach()

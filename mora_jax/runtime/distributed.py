@@ -7,7 +7,7 @@ what its layer keeps in place. "pjit" is `jax.jit` over arrays with a `NamedShar
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,10 +34,10 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices; an axis of -1 takes what the others leave. Raises MoraError if it cannot fit."""
+def make_mesh(config: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices (None = of this run); an axis of -1 takes what the others leave. MoraError if none fits."""
     sizes = [config[axis] for axis in AXES]
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise MoraError(f"mesh.{{data,fsdp,model}}={sizes} must be positive, with at most one -1 for the rest")
@@ -68,9 +68,14 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def _only_shapes(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
 def place(mesh: Mesh, tree: Any) -> Any:
-    """The tree on the devices, cut by the rules."""
-    return jax.device_put(tree, shardings(mesh, tree))
+    """The tree on the devices, cut by the rules; a tree of shapes, as for compilation ahead of time, stays one."""
+    return abstract(mesh, tree) if _only_shapes(tree) else jax.device_put(tree, shardings(mesh, tree))
 
 
 def abstract(mesh: Mesh, shapes: Any) -> Any:
@@ -86,7 +91,10 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
     """A batch on the devices, its rows cut over data and fsdp; what has one row for all, or too few, is copied."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def sharding(value: np.ndarray) -> NamedSharding:
-        return NamedSharding(mesh, P() if value.shape[0] % ways else P(("data", "fsdp")))
+    def put(value):
+        sharding = NamedSharding(mesh, P() if value.shape[0] % ways else P(("data", "fsdp")))
+        if _only_shapes(value):
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        return jax.device_put(value, sharding)
 
-    return {name: jax.device_put(value, sharding(value)) for name, value in batch.items()}
+    return {name: put(value) for name, value in batch.items()}
