@@ -18,8 +18,10 @@ from typing import Any
 from jax.experimental import topologies
 
 from mora_jax.errors import MoraError
+from mora_jax.ops import gated_projection
 
-H100 = Path(__file__).with_name("h100.txtpb")  # what XLA must know of the card: `stream_executor.GpuTargetConfigProto`
+# What XLA must know of the card (`stream_executor.GpuTargetConfigProto`); the kernels are compiled for the same one.
+H100 = Path(gated_projection.__file__).with_name("h100.txtpb")
 # libtpu asks these of the machine it thinks it runs on; which values are given makes no difference to a named topology.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
