@@ -26,7 +26,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
@@ -34,6 +34,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from turns import Step, seconds_of
 
 from mora_jax.ops.gated_projection import gated_projection, xla, xla_gathered
 from mora_jax.runtime.results import device, versions
@@ -43,7 +44,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENS, FRESH, TOP_K, TAU = 2048, 16, 8, 0.03
 DECODE_TOKENS, DECODE_EXPERTS, DECODE_WIDTH = 8, 1024, 4096
 ENOUGH = 4.0  # seconds to measure at least, so that short calls are repeated often
-Step = Callable[[], object]
 
 
 def arrays(d: int, n: int) -> list[np.ndarray]:
@@ -130,13 +130,6 @@ def serve_torch(connection: Connection) -> None:
         if message:
             step = torch_step(*message)
         connection.send(seconds_of(step))
-
-
-def seconds_of(step: Step) -> float:
-    """Wall seconds of one call."""
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
 
 
 def take_turns(steps: dict[str, Step], rounds: int, torch: Connection | None) -> dict[str, list[float]]:

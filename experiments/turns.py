@@ -16,16 +16,18 @@ from multiprocessing.connection import Connection
 Step = Callable[[], object]  # returns when its work is done
 
 
+def seconds_of(step: Step) -> float:
+    """Wall seconds of one call."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
 def _serve(connection: Connection, make: Callable[[], Step]) -> None:
     """Takes as many steps as each message says and answers with the seconds of each."""
     step = make()
     while steps := connection.recv():
-        seconds = []
-        for _ in range(steps):
-            started = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - started)
-        connection.send(seconds)
+        connection.send([seconds_of(step) for _ in range(steps)])
 
 
 def take_turns(contestants: Mapping[str, partial[Step]], turns: int, steps: int) -> dict[str, list[float]]:

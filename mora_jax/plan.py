@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mora_jax import config as configs
@@ -29,7 +28,6 @@ while the last of N tasks is taught (without --tasks: of the config's stream). T
 train.max_prompt_tokens and train.max_answer_tokens, 1024 + 512 tokens. --json prints one JSON object instead of tables.
 
 The compilers of TPU and GPU are development extras that `bash launch.sh test` puts in .venv/compilers."""
-COMPILERS = Path(sys.prefix) / "compilers"
 NOISE = ("absl::InitializeLog", "cudart_stub")  # the compilers on the accelerator that is not there
 CHILD = "MORA_JAX_PLAN_CHILD"  # set in the process that has the compilers
 
@@ -77,9 +75,7 @@ def in_child(argv: Sequence[str]) -> None:
 
     Raises MoraError without the compilers, and SystemExit with the child's code where it fails; it has said why.
     """
-    if not COMPILERS.is_dir():
-        raise MoraError(f"{COMPILERS} is missing; `bash launch.sh test` installs the compilers into it")
-    environment = topologies.environment(COMPILERS) | {CHILD: "1"}
+    environment = topologies.environment() | {CHILD: "1"}
     command = [sys.executable, "-m", "mora_jax.plan", *argv]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
         for line in child.stderr:

@@ -1,4 +1,4 @@
-"""Plans: what is read from compiled programs, what is compiled, and what is said about a config that does not fit."""
+"""Plans: what is compiled, and what is said about a config that does not fit."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
 from launching import CONFIG, Ended, assert_refused
 
+from mora_jax import compilers, plan
 from mora_jax import config as configs
-from mora_jax import plan
 from mora_jax.errors import MoraError
 from mora_jax.models.registry import load_model
 from mora_jax.planning import compiled, topologies
 from mora_jax.planning.abstract import Work, bytes_of
 from mora_jax.planning.advice import advice
-from mora_jax.planning.groups import first_group, largest_hop
-from mora_jax.planning.hlo import Reader
 from mora_jax.planning.report import count_tasks, make_plan
 from mora_jax.planning.sizes import SIZES, decoder_config
 from mora_jax.runtime.distributed import make_mesh
@@ -35,140 +32,10 @@ COMMAND = (sys.executable, "-m", "mora_jax.plan")
 SMOKE = f"--config={CONFIG}:smoke"
 SHARDED = ("--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.model.dtype=bfloat16")
 LLAMA = (f"--config={CONFIG}:benchmark=trace,model=llama2-7b", *SHARDED, "--config.model.remat=full")
-needs_compilers = pytest.mark.skipif(not plan.COMPILERS.is_dir(), reason="`bash launch.sh test` installs the compilers")
-MIB = 1 << 20
-
-
-# ---------------------------------------------------------------- what is read from a program
-
-
-def tally(function: Callable, *shapes: tuple[int, ...], open_trips: int = 1, per_host: int = 8) -> Any:
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return Reader(jax.jit(function).lower(*arguments).compile().as_text(), open_trips, per_host).tally()
-
-
-def test_products_in_loops_count_as_often_as_they_run():
-    def layers(x, weights):
-        def layer(x, w):
-            return jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ w), x), None
-
-        return jax.lax.scan(layer, x, weights)[0]
-
-    assert tally(layers, (4, 64), (5, 64, 64)).flops == 5 * 3 * 2 * 4 * 64 * 64
-
-
-def test_a_loop_of_unknown_length_runs_as_often_as_is_said():
-    def until(x, w):
-        return jax.lax.while_loop(lambda x: jnp.sum(x) < 10.0, lambda x: x @ w, x)
-
-    found = [tally(until, (4, 64), (64, 64), open_trips=trips).flops for trips in (1, 7)]
-    assert found == [2 * 4 * 64 * 64, 7 * 2 * 4 * 64 * 64]
-
-
-def test_traffic_of_scanned_weights_is_their_slices():
-    """Ten layers read each weight once, not ten times the stack."""
-
-    def layers(x, weights):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
-
-    weights = 10 * 256 * 256 * 4
-    assert weights < tally(layers, (2, 256), (10, 256, 256)).bytes < 3.5 * weights
-
-
-TPU_LOOP = """\
-HloModule m
-
-%async_collective_fusion.1 (a: bf16[64,256], b: bf16[256,256], x: bf16[8,256]) -> (bf16[8,256], bf16[256,256]) {
-  %a = bf16[64,256]{1,0} parameter(0)
-  %b = bf16[256,256]{1,0} parameter(1)
-  %x = bf16[8,256]{1,0:T(8,128)(2,1)S(1)} parameter(2)
-  %g = bf16[256,256] all-gather(%a), channel_id=7, replica_groups=mesh['a'=4,'b'=1] {'a'}, dimensions={0}
-  %y = bf16[8,256]{1,0:T(8,128)(2,1)S(1)} negate(%x)
-  ROOT %piece = (bf16[8,256]{1,0:T(8,128)(2,1)S(1)}, bf16[256,256]{1,0}) tuple(%y, %g)
-}
-
-%body (p: (u32[], bf16[8,256], bf16[64,256], bf16[256,256])) -> (u32[], bf16[8,256], bf16[64,256], bf16[256,256]) {
-  %p = (u32[]{:T(128)}, bf16[8,256]{1,0}, bf16[64,256]{1,0}, bf16[256,256]{1,0}) parameter(0)
-  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
-  %x = bf16[8,256]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1
-  %w = bf16[64,256]{1,0} get-tuple-element(%p), index=2
-  %all = bf16[256,256]{1,0} get-tuple-element(%p), index=3
-  %two = u32[]{:T(128)} constant(2)
-  %next = u32[]{:T(128)} add(%i, %two)
-  %there = (bf16[8,256], bf16[8,256]) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
-  %done = bf16[8,256]{1,0} collective-permute-done(%there)
-  %on = (bf16[8,256]{1,0:S(1)}, bf16[256,256]) fusion(%w, %all, %x), kind=kOutput, calls=%async_collective_fusion.1
-  ROOT %t = (u32[], bf16[8,256], bf16[64,256], bf16[256,256]) tuple(%next, %done, %w, %all)
-}
-
-%condition (q: (u32[], bf16[8,256], bf16[64,256], bf16[256,256])) -> pred[] {
-  %limit = u32[]{:T(128)} constant(8)
-  %q = (u32[]{:T(128)}, bf16[8,256]{1,0}, bf16[64,256]{1,0}, bf16[256,256]{1,0}) parameter(0)
-  %j = u32[]{:T(128)} get-tuple-element(%q), index=0
-  ROOT %less = pred[]{:T(512)} compare(%j, %limit), direction=LT
-}
-
-%begin (c: bf16[64,256]) -> (bf16[64,256], bf16[256,256]) {
-  %c = bf16[64,256]{1,0} parameter(0)
-  %h = bf16[256,256] all-gather(%c), channel_id=7, replica_groups=mesh['a'=4,'b'=1] {'a'}, dimensions={0}
-  ROOT %s = (bf16[64,256], bf16[256,256]) custom-call(%h), custom_call_target="AsyncCollectiveStart"
-}
-
-%end (d: bf16[64,256], e: bf16[256,256]) -> bf16[256,256] {
-  %d = bf16[64,256]{1,0} parameter(0)
-  %e = bf16[256,256]{1,0} parameter(1)
-  %k = bf16[256,256] all-gather(%d), channel_id=7, replica_groups=mesh['a'=4,'b'=1] {'a'}, dimensions={0}
-  ROOT %f = bf16[256,256]{1,0} custom-call(%d, %e, %k), custom_call_target="AsyncCollectiveDone"
-}
-
-ENTRY %main (w0: bf16[64,256], state: (u32[], bf16[8,256], bf16[64,256], bf16[256,256])) -> bf16[256,256] {
-  %w0 = bf16[64,256]{1,0} parameter(0)
-  %state = (u32[], bf16[8,256], bf16[64,256], bf16[256,256]) parameter(1)
-  %left = f32[2,3,4]{2,1,0:S(1)} parameter(2)
-  %right = f32[2,5,4]{2,1,0:S(1)} parameter(3)
-  %start = (bf16[64,256], bf16[256,256]) fusion(%w0), kind=kCustom, calls=%begin
-  %c0 = f32[2,3,5]{2,1,0:S(1)} convolution(%left, %right), window={size=2 lhs_dilate=2}, dim_labels=0bf_0oi->0bf
-  %loop = (u32[], bf16[8,256], bf16[64,256], bf16[256,256]) while(%state), condition=%condition, body=%body
-  %rest = bf16[256,256]{1,0} get-tuple-element(%loop), index=3
-  ROOT %r = bf16[256,256]{1,0} fusion(%w0, %rest), kind=kCustom, calls=%end
-}
-"""
-
-
-def test_the_manner_of_the_tpu_compiler_is_understood():
-    """A loop in steps of two without a noted length, one gather that goes on in it, a batch axis as a window."""
-    found = Reader(TPU_LOOP, open_trips=99, per_host=4).tally()
-    permutes, gathers = found.collectives["collective-permute"], found.collectives["all-gather"]
-    assert (permutes.count, permutes.bytes, permutes.far) == (4, 4 * 8 * 256 * 2, 0)
-    assert (gathers.count, gathers.bytes) == (1, 3 * 64 * 256 * 2)
-    # Once the gathered array, four times 4 KiB of a permute and a counter; what lies in fast memory is free.
-    assert found.bytes == 2 * 256 * 256 + 4 * (2 * 8 * 256 + 3 * 4)
-    assert found.flops == 2 * 2 * 3 * 5 * 4  # both rows of the window axis meet one row of the kernel
-    assert Reader(TPU_LOOP, open_trips=99, per_host=2).tally().collectives["all-gather"].far == gathers.bytes
-
-
-@pytest.mark.parametrize(
-    ("written", "group"),
-    [
-        ("replica_groups={{0,1},{2,3}}, x", [0, 1]),
-        ("replica_groups=[2,4]<=[8], x", [0, 1, 2, 3]),
-        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [0, 4]),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, x", [0, 1, 2, 3]),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x", [0, 4]),
-        ("replica_groups=mesh['a'=8] {'a':(2)2}, x", [0, 2]),
-        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}, x", [0, 4]),
-        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, x", [0, 1, 2, 3]),
-        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, x", [3, 0]),
-    ],
+needs_compilers = pytest.mark.skipif(
+    not compilers.FOLDER.is_dir(), reason="`bash launch.sh test` installs the compilers"
 )
-def test_groups_of_devices(written, group):
-    assert first_group(f"channel_id=3, {written}") == group
-    assert largest_hop(written, per_host=2) == (len(group), len({d // 2 for d in group}) > 1)
-
-
-def test_groups_that_are_written_in_no_known_form_are_not_passed_over():
-    with pytest.raises(ValueError, match="no groups"):
-        first_group("replica_groups=somehow")
+MIB = 1 << 20
 
 
 # ---------------------------------------------------------------- sizes and shapes
@@ -281,7 +148,7 @@ def test_a_bad_command_line_is_refused(words, main: Callable[..., Ended]):
 
 
 def test_without_the_compilers_it_says_where_they_come_from(main: Callable[..., Ended], monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(plan, "COMPILERS", tmp_path / "none")
+    monkeypatch.setattr(compilers, "FOLDER", tmp_path / "none")
     assert_refused(main(SMOKE, "--topology=v5e:2x2", of=plan), "launch.sh test")
 
 

@@ -17,22 +17,13 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from mora_jax import compilers
 from mora_jax.errors import MoraError
 from mora_jax.ops import gated_projection
 
 # What XLA must know of the card (`stream_executor.GpuTargetConfigProto`); the kernels are compiled for the same one.
 H100 = Path(gated_projection.__file__).with_name("h100.txtpb")
-# libtpu asks these of the machine it thinks it runs on; which values are given makes no difference to a named topology.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
+QUIET = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
 GPU_FLAGS = "--xla_gpu_autotune_level=0"  # there is no GPU to tune on
 GPUS_PER_HOST = 8
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -131,8 +122,7 @@ def devices_of(aim: Target) -> list[Any]:
     return list(found.devices)
 
 
-def environment(compilers: Path) -> dict[str, str]:
-    """The environment of a process that compiles for any of them, with the compilers' folder on its path."""
-    path = os.pathsep.join(filter(None, (str(compilers), os.environ.get("PYTHONPATH"))))
+def environment() -> dict[str, str]:
+    """The environment of a process that compiles for any of them. Raises MoraError where the compilers are missing."""
     flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), GPU_FLAGS)))
-    return dict(os.environ) | ENVIRONMENT | {"PYTHONPATH": path, "XLA_FLAGS": flags}
+    return compilers.environment() | QUIET | {"XLA_FLAGS": flags}

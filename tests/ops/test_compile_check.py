@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from mora_jax import compilers
 from mora_jax.ops.gated_projection import compile_check
-from mora_jax.ops.gated_projection.compile_check import COMPILERS, RECORD, identity, regressions
+from mora_jax.ops.gated_projection.compile_check import RECORD, identity, regressions
 from mora_jax.ops.gated_projection.shapes import SHAPES
 
 ROW = {"target": "v5e", "kernel": "forward", "shape": "a", "temporaries": 0, "vmem": 100, "spills": 7}
@@ -71,7 +72,7 @@ def run(*names: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(
-    not COMPILERS.is_dir(), reason="the compilers are installed by `bash launch.sh test` on Linux x86-64"
+    not compilers.FOLDER.is_dir(), reason="the compilers are installed by `bash launch.sh test` on Linux x86-64"
 )
 def test_one_kernel_for_a_tpu_and_one_for_a_gpu_for_real():
     done = run("smollm2_135m/q:forward:v5e", "smollm2_135m/q:forward:h100")
@@ -82,7 +83,7 @@ def test_one_kernel_for_a_tpu_and_one_for_a_gpu_for_real():
 
 
 def test_without_compilers_one_line_says_how_to_get_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compile_check, "COMPILERS", tmp_path / "none")
+    monkeypatch.setattr(compilers, "FOLDER", tmp_path / "none")
     monkeypatch.setattr(sys, "argv", ["compile_check"])
     assert compile_check.main() == 2
     assert "`bash launch.sh test` installs the compilers" in capsys.readouterr().err

@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 
 def _run_reference(x, keys, values, fresh_keys, fresh_values, live, how: xla.Selection):
     rows, all_values = (_constant_first(a, b) for a, b in ((keys, fresh_keys), (values, fresh_values)))
-    exists = _exists(keys, fresh_keys, live)
+    exists = xla.exists_of(keys, fresh_keys, live)[:, 0]
     return reference.gated_projection(x, rows, all_values, exists, **how._asdict())
 
 
 def _reference_gates(x, keys, fresh_keys, live, how: xla.Selection):
     z = reference.responses(x, xla.joined(keys, fresh_keys))
-    return reference.gates(z, _exists(keys, fresh_keys, live), **how._asdict())
+    return reference.gates(z, xla.exists_of(keys, fresh_keys, live)[:, 0], **how._asdict())
 
 
 def _run_xla(x, keys, values, fresh_keys, fresh_values, live, how: xla.Selection):
@@ -39,11 +39,6 @@ def _run_xla(x, keys, values, fresh_keys, fresh_values, live, how: xla.Selection
 
 def _constant_first(frozen, fresh):
     return frozen if fresh is None else xla.joined(jax.lax.stop_gradient(frozen), fresh)
-
-
-def _exists(keys, fresh_keys, live):
-    index = jnp.arange(keys.shape[0] + (0 if fresh_keys is None else fresh_keys.shape[0]))
-    return (index < live) | (index >= keys.shape[0])
 
 
 class Implementation(NamedTuple):

@@ -6,15 +6,11 @@ A NAME is a target, a kernel or a shape of shapes.py, or the three joined by `:`
 table says what the compilers of TPU and GPU make of the kernels: bytes of main memory beside arguments and results,
 fast memory, registers, spills. Each is compared with compiled.json beside this file, which --update writes: more of
 anything is a regression, and so is a kernel that no longer compiles. That shows what is legal and fits, not speed.
-
-The compilers (libtpu, CUDA plugin, ptxas) are development extras that `bash launch.sh test` puts in .venv/compilers,
-apart from the packages of a run, for their presence alone would make JAX look for a TPU and a GPU.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,11 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mora_jax import compilers
 from mora_jax.errors import MoraError, exit_code
 
 Row = dict[str, Any]
 TARGETS = {"compile_tpu": ("v5e", "v5p", "v6e"), "compile_gpu": ("h100",)}  # by module
-COMPILERS = Path(sys.prefix) / "compilers"
 RECORD = Path(__file__).with_name("compiled.json")
 IDENTITY = ("target", "kernel", "shape")
 MEASURES = ("temporaries", "vmem", "shared_memory", "registers", "spills")  # of which less is better
@@ -38,16 +34,13 @@ USAGE = "python -m mora_jax.ops.gated_projection.compile_check [NAME ...] [--upd
 
 def compile_all(names: Sequence[str]) -> Iterator[Row]:
     """Rows of all compilers, as they come. MoraError without the compilers or where something does not compile."""
-    if not COMPILERS.is_dir():
-        raise MoraError(f"{COMPILERS} is missing; `bash launch.sh test` installs the compilers into it")
-    path = os.pathsep.join(filter(None, (str(COMPILERS), os.environ.get("PYTHONPATH"))))
+    environment = compilers.environment()
     for module, own in TARGETS.items():
         others = {target for targets in TARGETS.values() for target in targets} - {*own}
         mine = [name for name in names if name.split(":")[-1] not in others]
         if names and not mine:
             continue
         command = [sys.executable, "-m", f"{__package__}.{module}", *mine]
-        environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
             yield from (json.loads(line) for line in child.stdout if line.startswith("{"))
         if child.returncode:

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from mora_jax.ops.gated_projection import pallas_gpu
-from mora_jax.ops.gated_projection.shapes import DECODE_TOKENS, SHAPES, TOP_K, Shape
+from mora_jax.ops.gated_projection.shapes import DECODE_TOKENS, SHAPES, TOP_K, Shape, is_named
 from mora_jax.ops.gated_projection.xla import Selection
 
 KERNELS = ("forward", "backward", "decode")
@@ -40,7 +40,7 @@ def rows(names: Sequence[str] = ()) -> Iterator[dict]:
     jax.config.update("jax_platforms", "cpu")
     for name in SHAPES:
         for kernel in KERNELS:
-            if not names or {name, kernel, "h100", f"{name}:{kernel}:h100"} & set(names):
+            if is_named(names, name, kernel, "h100"):
                 yield compile_row(name, kernel)
 
 

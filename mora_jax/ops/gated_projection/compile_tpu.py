@@ -26,20 +26,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from mora_jax.compilers import SETTINGS
 from mora_jax.errors import exit_code, unknown
 from mora_jax.ops.gated_projection import pallas_tpu
-from mora_jax.ops.gated_projection.shapes import DECODE_TOKENS, SHAPES, TOP_K, Shape
+from mora_jax.ops.gated_projection.shapes import DECODE_TOKENS, SHAPES, TOP_K, Shape, is_named
 from mora_jax.ops.gated_projection.xla import Selection, gated_projection
 
 TARGETS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # a topology each, of which one chip is used
 DUMP = "MORA_JAX_TPU_DUMP"  # the folder that a compiling child process lets the compiler write to
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 HOW = Selection(TOP_K, 0.05, 0.0, "absolute")
 
 
@@ -88,7 +82,7 @@ def _from_child(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The compiler reads its settings once, when it is loaded: hence a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        environment = os.environ | ENVIRONMENT | {DUMP: folder, "LIBTPU_INIT_ARGS": flags}
+        environment = os.environ | SETTINGS | {DUMP: folder, "LIBTPU_INIT_ARGS": flags}
         command = [sys.executable, "-m", __spec__.name, *names]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
             for line in child.stdout:
@@ -99,14 +93,13 @@ def _from_child(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _jobs(names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    spoken = {part for name in names for part in name.split(":")}
     for shape in SHAPES:
         for kernel in KERNELS:
+            if kernel in COMPARISONS and not (shape == "target" and kernel in spoken):
+                continue
             for target in TARGETS:
-                if kernel in COMPARISONS and (
-                    shape != "target" or kernel not in {p for n in names for p in n.split(":")}
-                ):
-                    continue
-                if not names or {shape, kernel, target, f"{shape}:{kernel}:{target}"} & set(names):
+                if is_named(names, shape, kernel, target):
                     yield shape, kernel, target
 
 

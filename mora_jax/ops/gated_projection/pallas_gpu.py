@@ -19,7 +19,7 @@ from mora_jax.ops.gated_projection import pallas_gpu_decode
 from mora_jax.ops.gated_projection.pallas_gpu_backward import backward_kernel
 from mora_jax.ops.gated_projection.pallas_gpu_gate import PARTS, Bank, Plan, Tile, cut, decide, product
 from mora_jax.ops.gated_projection.tiles_gpu import PROGRAMS, SMALLEST, tiles_of
-from mora_jax.ops.gated_projection.xla import Selection
+from mora_jax.ops.gated_projection.xla import Selection, cotangents
 
 ADDRESSES = 2**31  # Triton counts elements in int32
 FLOATS = (jnp.float32, jnp.bfloat16)
@@ -168,9 +168,7 @@ def _backward(how, interpret, saved, dy):
     bank = plan.banks[-1]
     exists = jnp.arange(bank.rows) < (bank.rows if bank.fresh else live)
     d_keys, d_values = (_weighted_rows(a[:, : bank.rows], exists, b) for a, b in ((dz, x), (c, dy)))
-    if fresh_keys is None:
-        return dx, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None, None, None
-    return dx, None, None, d_keys.astype(fresh_keys.dtype), d_values.astype(fresh_values.dtype), None
+    return cotangents(dx, d_keys, d_values, keys, values, fresh_keys, fresh_values)
 
 
 project.defvjp(_save, _backward)

@@ -127,8 +127,7 @@ def _backward(how, interpret, saved, dy):
     live = jnp.reshape(live, 1).astype(jnp.int32)
     dy = jnp.pad(dy, ((0, max(0, LANES - x.shape[0])), (0, 0)))
     dx, d_keys, d_values = gradients(pad_tokens(x), *banks, live, dy, fresh, how, interpret)
-    d_fresh = d_keys.astype(fresh_keys.dtype), d_values.astype(fresh_values.dtype)
-    return dx[: x.shape[0]], None, None, *d_fresh, None
+    return xla.cotangents(dx[: x.shape[0]], d_keys, d_values, keys, values, fresh_keys, fresh_values)
 
 
 project.defvjp(_forward, _backward)

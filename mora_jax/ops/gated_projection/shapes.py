@@ -6,6 +6,7 @@ meta-llama/Llama-3.2-1B and meta-llama/Llama-2-7b-hf.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 
@@ -37,3 +38,8 @@ SHAPES = {
 }
 TOP_K = 8  # experts per token, everywhere
 DECODE_TOKENS = 8  # a batch of sequences that grow by one token each
+
+
+def is_named(names: Collection[str], shape: str, kernel: str, target: str) -> bool:
+    """Whether one of the names of a command line means this compilation; without names all are meant."""
+    return not names or any(name in (shape, kernel, target, f"{shape}:{kernel}:{target}") for name in names)

@@ -141,7 +141,7 @@ def _backward_whole(x, keys, values, fresh_keys, fresh_values, live, dy, *, how,
 
 def _gate(x, keys, fresh_keys, live, how, cut):
     """Complete responses and the gate, the same on all devices that hold a part of d_in."""
-    exists = xla.exists_of(keys.shape[0], live, fresh_keys.shape[0])
+    exists = xla.exists_of(keys, fresh_keys, live)
     z = _sum(xla.respond(_flat(x), xla.joined(keys, fresh_keys), exists), (cut.d_in,))
     return z, xla.gate(z, exists, how)
 

@@ -44,16 +44,27 @@ def rounds(s: Float[Array, "n t"], k: int) -> Iterator[tuple[Float[Array, "1 t"]
         left = jnp.where(index == first, -jnp.inf, left)
 
 
-def _kept_by_rounds(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int) -> Bool[Array, "n t"]:
-    """k times the largest score below the last one, which reads s once a round; slowly where a token has equal ones."""
+def largest(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int) -> tuple[Float[Array, "k t"], Bool[Array, ""]]:
+    """The k largest different scores of each token, falling, and whether they are its k largest: none of them twice.
 
-    def below(_, last):
-        return jnp.max(jnp.where(s < last, s, -jnp.inf), axis=0, keepdims=True)
+    Each is the largest below the last one, which reads s once a round. Rows that do not exist must be -inf.
+    """
+
+    def below(i, state):
+        last, found = state
+        last = jnp.max(jnp.where(s < last, s, -jnp.inf), axis=0, keepdims=True)
+        return last, jax.lax.dynamic_update_slice(found, last, (i, 0))
 
     # A loop, not k fused copies: those read s three times as slowly on CPU.
-    kth = jax.lax.fori_loop(0, k, below, jnp.full((1, s.shape[1]), jnp.inf))
-    kept = (s >= kth) & exists
-    exact = jnp.all(jnp.sum(kept, axis=0) == jnp.minimum(k, jnp.sum(exists)))  # no two scores that matter are equal
+    start = (jnp.full((1, s.shape[1]), jnp.inf), jnp.zeros((k, s.shape[1])))
+    _, values = jax.lax.fori_loop(0, k, below, start)
+    reached = jnp.sum((s >= values[-1:]) & exists, axis=0)
+    return values, jnp.all(reached == jnp.minimum(k, jnp.sum(exists)))
+
+
+def _kept_by_rounds(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int) -> Bool[Array, "n t"]:
+    """All that reach the k-th largest score; one by one, and slowly, where some token has equal ones."""
+    values, exact = largest(s, exists, k)
 
     def one_by_one():
         index = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
@@ -62,7 +73,7 @@ def _kept_by_rounds(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int) 
             found |= index == first
         return found & exists
 
-    return jax.lax.cond(exact, lambda: kept, one_by_one)
+    return jax.lax.cond(exact, lambda: (s >= values[-1:]) & exists, one_by_one)
 
 
 def _largest_prefix(fits, bits: int, start: Int[Array, "1 t"]) -> Int[Array, "1 t"]:
@@ -93,9 +104,12 @@ def _kept_by_descent(s: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int)
     return (above | (tied & (index < end))) & exists
 
 
-def exists_of(n: int, live: Int[Array, ""], fresh: int) -> Bool[Array, "rows 1"]:
-    """Which of n frozen rows, followed by the fresh ones, hold an expert."""
-    index = jnp.arange(n + fresh)[:, None]
+def exists_of(
+    keys: Float[Array, "n d_in"], fresh_keys: Float[Array, "r d_in"] | None, live: Int[Array, ""]
+) -> Bool[Array, "rows 1"]:
+    """Which of the frozen rows, followed by the fresh ones, hold an expert."""
+    n = keys.shape[0]
+    index = jnp.arange(n + (0 if fresh_keys is None else fresh_keys.shape[0]))[:, None]
     return (index < live) | (index >= n)
 
 
@@ -126,10 +140,15 @@ def bar(best: Float[Array, "1 t"], how: Selection) -> Float[Array, "1 t"]:
     return jnp.where(best > 0, how.threshold * best, jnp.inf)
 
 
+def score_cotangents(z, p, g, dc: Float[Array, "n t"], how: Selection) -> Float[Array, "n t"]:
+    """ds from dc, the cotangent of c = g z: back through the threshold, which stays where it is, and the softmax."""
+    dg = jnp.where(g == p, dc * z, 0.0)  # no gradient through a gate that the threshold closed
+    return p * (dg - jnp.sum(p * dg, axis=0, keepdims=True)) * (1.0 / how.temperature)
+
+
 def gate_backward(z, p, g, inverse, dc: Float[Array, "n t"], how: Selection) -> Float[Array, "n t"]:
     """dz from dc, the cotangent of c = g z; the other arguments are `gate`'s."""
-    dg = jnp.where(g == p, dc * z, 0.0)  # no gradient through a gate that the threshold closed
-    ds = p * (dg - jnp.sum(p * dg, axis=0, keepdims=True)) * (1.0 / how.temperature)
+    ds = score_cotangents(z, p, g, dc, how)
     s = z * inverse
     dz = g * dc + (ds - s * jnp.sum(s * ds, axis=0, keepdims=True)) * inverse
     return jnp.where(inverse == 0.0, 0.0, dz)  # below the floor a response is a constant
@@ -149,9 +168,16 @@ def joined(frozen: Float[Array, "n d"], fresh: Float[Array, "r d"] | None) -> Fl
     return frozen if fresh is None else jnp.concatenate([frozen.astype(fresh.dtype), fresh])
 
 
+def cotangents(dx, d_keys, d_values, keys, values, fresh_keys, fresh_values) -> tuple:
+    """What a backward pass returns for six arrays: gradients of rows are those of the fresh ones, if there are any."""
+    if fresh_keys is None:
+        return dx, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None, None, None
+    return dx, None, None, d_keys.astype(fresh_keys.dtype), d_values.astype(fresh_values.dtype), None
+
+
 def gates(x, keys, fresh_keys, live, how: Selection) -> Float[Array, "t rows"]:
     """g for every token; differentiable only through `gated_projection`."""
-    exists = exists_of(keys.shape[0], live, 0 if fresh_keys is None else fresh_keys.shape[0])
+    exists = exists_of(keys, fresh_keys, live)
     return gate(respond(x, joined(keys, fresh_keys), exists), exists, how)[1].T
 
 
@@ -173,7 +199,7 @@ def gated_projection(
 
 
 def _forward(x, keys, values, fresh_keys, fresh_values, live, how):
-    exists = exists_of(keys.shape[0], live, 0 if fresh_keys is None else fresh_keys.shape[0])
+    exists = exists_of(keys, fresh_keys, live)
     z = respond(x, joined(keys, fresh_keys), exists)
     p, g, inverse = gate(z, exists, how)
     p = checkpoint_name(p, GATES)
@@ -191,9 +217,7 @@ def _backward(how, saved, dy):
     dx = jnp.dot(dz.T, joined(keys, fresh_keys).astype(jnp.float32)).astype(x.dtype)
     first = 0 if fresh_keys is None else keys.shape[0]  # of the rows that have a gradient
     d_keys, d_values = jnp.dot(dz[first:], wide), jnp.dot((g * z)[first:], dy)
-    if fresh_keys is None:
-        return dx, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None, None, None
-    return dx, None, None, d_keys.astype(fresh_keys.dtype), d_values.astype(fresh_values.dtype), None
+    return cotangents(dx, d_keys, d_values, keys, values, fresh_keys, fresh_values)
 
 
 gated_projection.defvjp(_forward, _backward)

@@ -19,10 +19,13 @@ from mora_jax.ops.gated_projection.xla import (
     ROUNDS_UP_TO,
     Selection,
     bar,
+    cotangents,
     exists_of,
     joined,
+    largest,
     respond,
     rounds,
+    score_cotangents,
 )
 
 EXPERTS_PER_CHOICE = 16  # n / k from which a gather is cheaper than the dense product, forward and backward (on CPU)
@@ -43,25 +46,15 @@ def top(z: Float[Array, "n t"], exists: Bool[Array, "n 1"], k: int) -> tuple[Flo
     z = jnp.where(exists, z, -jnp.inf)
     if k > ROUNDS_UP_TO:
         return tuple(rows.T for rows in jax.lax.top_k(z.T + 0.0, k))  # + 0.0: -0.0 ties with 0.0
-    index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 0)
-
-    def below(i, state):
-        last, found = state
-        last = jnp.max(jnp.where(z < last, z, -jnp.inf), axis=0, keepdims=True)
-        return last, jax.lax.dynamic_update_slice(found, last, (i, 0))
-
-    start = (jnp.full((1, z.shape[1]), jnp.inf), jnp.zeros((k, z.shape[1])))
-    _, values = jax.lax.fori_loop(0, k, below, start)
-    kept = jnp.sum((z >= values[-1:]) & exists, axis=0)
-    exact = jnp.all(kept == jnp.minimum(k, jnp.sum(exists)))  # no two responses that matter are equal
+    values, exact = largest(z, exists, k)
 
     def at_once():
+        index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 0)
         first = jax.lax.map(lambda value: jnp.min(jnp.where(z == value[None], index, z.shape[0]), axis=0), values)
         return values, first
 
     def one_by_one():
-        largest, first = zip(*rounds(z, k), strict=True)
-        return jnp.concatenate(largest), jnp.concatenate(first)
+        return tuple(map(jnp.concatenate, zip(*rounds(z, k), strict=True)))
 
     return jax.lax.cond(exact, at_once, one_by_one)
 
@@ -81,15 +74,14 @@ def gated_projection(
 
 
 def _forward(x, keys, values, fresh_keys, fresh_values, live, how):
-    fresh = 0 if fresh_keys is None else fresh_keys.shape[0]
-    exists = exists_of(keys.shape[0], live, fresh)
+    exists = exists_of(keys, fresh_keys, live)
     z = respond(x, joined(keys, fresh_keys), exists)
     norm2 = jnp.sum(z * z, axis=0, keepdims=True)
     raw = jax.lax.rsqrt(jnp.maximum(norm2, FLOOR))
-    largest, index = top(z, exists, min(how.top_k, z.shape[0]))
-    s = largest * raw
+    responses, index = top(z, exists, min(how.top_k, z.shape[0]))
+    s = responses * raw
     best = s[:1]
-    weight = jnp.where(largest == -jnp.inf, 0.0, jnp.exp((s - best) * (1.0 / how.temperature)))
+    weight = jnp.where(responses == -jnp.inf, 0.0, jnp.exp((s - best) * (1.0 / how.temperature)))
     total = jnp.sum(weight, axis=0, keepdims=True)
     p = weight / jnp.where(total == 0.0, 1.0, total)
     g = jnp.where(s >= bar(best, how), p, 0.0) if how.threshold != 0.0 else p
@@ -121,8 +113,7 @@ def _backward(how, saved, dy):
 
     dc = jax.lax.map(response, index)  # [k t], of c = g z
     chosen = _of_chosen(z, index)
-    dg = jnp.where(g == p, dc * chosen, 0.0)  # no gradient through a gate that the threshold closed
-    ds = p * (dg - jnp.sum(p * dg, axis=0, keepdims=True)) * (1.0 / how.temperature)
+    ds = score_cotangents(chosen, p, g, dc, how)
     along = jnp.sum(chosen * inverse * ds, axis=0, keepdims=True)
     directed = inverse != 0.0  # below the floor a response is a constant
     dz = -(inverse * inverse * along) * z  # through the norm, of every expert; then through the gates of the chosen
@@ -132,9 +123,7 @@ def _backward(how, saved, dy):
     trained = z.shape[0] - first
     c = jnp.zeros((trained, z.shape[1])).at[jnp.where(index < first, trained, index - first), tokens]
     d_keys, d_values = jnp.dot(dz[first:], wide), jnp.dot(c.add(g * chosen, mode="drop"), dy)
-    if fresh_keys is None:
-        return dx, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None, None, None
-    return dx, None, None, d_keys.astype(fresh_keys.dtype), d_values.astype(fresh_values.dtype), None
+    return cotangents(dx, d_keys, d_values, keys, values, fresh_keys, fresh_values)
 
 
 gated_projection.defvjp(_forward, _backward)
