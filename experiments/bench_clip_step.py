@@ -6,7 +6,8 @@ Result     experiments/results/bench_clip_step.json
 Shape: CLIP ViT-B/16 with its text encoder, random weights, 8 pictures, 10 classes padded to 16, float32, all six
 targets of both encoders, n experts per site of which 16 are trainable. A train step is that of the train binary; an
 evaluation is `predict` on 8 encoded pictures against the 10 classes, the decoding included, the class texts not.
-"counting" also counts the gates, which a large task does on few of its batches. The contestants take turns as `turns.py` says: quote the ratio of medians.
+"counting" also counts the gates, which a large task does on few of its batches. The contestants take turns as
+`turns.py` says: quote the ratio of medians.
 """
 
 from __future__ import annotations
