@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mora_jax.benchmarks.pictures import Picture, PictureTask
-from mora_jax.data import images, pictures
+from mora_jax.data import pictures
 from mora_jax.data.text import bucket
 from mora_jax.errors import MoraError
 from mora_jax.methods.method import Method
@@ -210,7 +210,7 @@ class ClipFamily:
         found = jax.device_get(self._map(variables, batch, layer))
         sites = {"/".join((path[0], *path[2:-1])): g[0] for path, g in flatten_dict(found).items()}
         tokens = ["class", *(f"row {i + 1}, column {j + 1}" for i in range(side) for j in range(side))]
-        return GateMap(tokens, False, layer, sites, images.png(picture))
+        return GateMap(tokens, False, layer, sites)
 
     def _collect(self, variables, batch, layer):
         _, found = self.clip.apply(variables, batch["pictures"], method=CLIP.embed_images, mutable=["gates"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
 import os
 import platform
@@ -139,35 +138,24 @@ class Results:
         """Names of the tasks that trained each block of the bank after task `index`."""
         return [" + ".join(self.names[t] for t in tasks) for tasks in self.method.origins(index)]
 
-    def write_gate_maps(self, maps: Sequence[GateMap], before: Mapping[int, GateMap]) -> None:
-        """gates/<row>.jsonl: for every task the gates of one of its records under the whole bank.
-
-        before: the same of some tasks, by number, under the bank as that task left it.
-        """
-        last = len(self.names) - 1
+    def write_gate_maps(self, maps: Mapping[str, GateMap]) -> None:
+        """gates/<row>.jsonl: for every task the gates of one of its prompts under the whole bank."""
+        index = len(self.names) - 1
+        live, origins = self.method.live_after(index), self.origins(index)
         write_lines(
             self.gate_map_path,
             (
                 {
-                    "task": self.names[task],
+                    "task": task,
                     "layer": found.layer,
                     "truncated": found.truncated,
                     "tokens": found.tokens,
-                    **self._gates_of(found, last),
-                    "before": self._gates_of(before[task], task) if task in before else None,
-                    "picture": base64.b64encode(found.picture).decode("ascii"),
+                    "origins": [origins[expert // self.method.rank] for expert in range(live)],
+                    "sites": {site: _sparse(g[:, :live]) for site, g in found.sites.items()},
                 }
-                for task, found in enumerate(maps)
+                for task, found in maps.items()
             ),
         )
-
-    def _gates_of(self, found: GateMap, row: int) -> dict[str, Any]:
-        """The live experts' tasks of origin after task `row`, and the active ones at each site."""
-        live, origins = self.method.live_after(row), self.origins(row)
-        return {
-            "origins": [origins[expert // self.method.rank] for expert in range(live)],
-            "sites": {site: _sparse(g[:, :live]) for site, g in found.sites.items()},
-        }
 
     @property
     def gate_map_path(self) -> Path:
