@@ -15,7 +15,7 @@ from mora_jax.reporting.workdir import Workdir
 from mora_jax.runtime.writers import row_name
 
 CELL, ROW, LETTER = 15, 7, 7  # width of a token, height of an expert, width of a letter; in pixels
-PATCH = 5  # width of a token that is a patch of a picture
+PATCH, WIDE = 7, 700  # width of a token that is a patch of a picture; where all are wider than WIDE, less
 LETTERS = 18  # of a token
 SHADES = 5  # a gate is drawn as one of so many opacities, which keeps a map small
 GAP = 4  # between two groups of experts
@@ -113,7 +113,8 @@ def _columns(m: dict[str, Any]) -> tuple[int, list[str]]:
     if m.get("picture") is None:
         return CELL, [_visible(token) for token in m["tokens"]]
     side = picturemaps.side_of(m)
-    return PATCH, ["class", *(f"row {i // side + 1}" if i % side == 0 else "" for i in range(side * side))]
+    cell = PATCH if PATCH * len(m["tokens"]) <= WIDE else PATCH - 3
+    return cell, ["", *(f"row {i // side + 1}" if i % side == 0 else "" for i in range(side * side))]
 
 
 def _visible(token: str) -> str:

@@ -55,7 +55,7 @@ def _told(name: str, values: Float[np.ndarray, " tokens"]) -> str:
 def draw(m: dict[str, Any], site: str, origins: Sequence[str]) -> Markup:
     """The picture, and it again for each origin of experts with its patches under the share of that origin."""
     source, alone = f"data:image/png;base64,{m['picture']}", silent(m, site)
-    parts = [_picture(source, [], m["task"])]
+    parts = [_picture(source, [], "picture", m["task"])]
     for index, (name, values) in enumerate(zip(origins, shares(m, site, origins), strict=True)):
         if name in m["origins"]:
             parts.append(
@@ -118,7 +118,7 @@ def _strip(when: str, m: dict[str, Any], site: str) -> Image.Image:
     picture = Image.open(io.BytesIO(base64.b64decode(m["picture"])), formats=("PNG",)).convert("RGB")
     picture = picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)
     origins = list(dict.fromkeys(m["origins"]))
-    columns: list[tuple[str, Image.Image]] = [(m["task"], picture)]
+    columns: list[tuple[str, Image.Image]] = [("picture", picture)]
     layers = [*shares(m, site, origins), silent(m, site).astype(float)]
     for index, (name, values) in enumerate(zip([*origins, "no expert"], layers, strict=True)):
         tint = PALETTE[index % COLOURS] if name in origins else "#444444"

@@ -118,7 +118,7 @@ class Results:
     def gate_rows(self, progress: Progress) -> list[dict[str, Any]] | None:
         """What the gates did, one entry per evaluated row of R; None where the method has no gates.
 
-        `mass` is the share of gate mass by task of origin, over prompt tokens and sites; `on` splits it by the task
+        `mass` is the share of gate mass by task of origin, over tokens and sites; `on` splits it by the task
         that was asked.
         """
         if not self.method.has_gates:
