@@ -284,12 +284,18 @@ class Run:
         self.save("evaluated")
 
     def map_gates(self) -> None:
-        """Once, with the whole bank: the gates on the first evaluated record of every task."""
-        if not self.method.has_gates or self.results.gate_map_path.exists():
-            return
-        variables = {"params": self.family.params, "bank": self.bank}
-        maps = [self.family.gate_map(variables, task, task.split(self.config.eval.split)) for task in self.tasks]
-        self.results.write_gate_maps(dict(zip(self.names, maps, strict=True)))
+        """Once, at the end: the gates on the first evaluated record of every task, under the whole bank and, where no
+        later task changes a row, as they were right after that task.
+        """
+        last = len(self.tasks) - 1
+        lasting = boundaries.BOUNDARIES[self.method.boundary].lasting
+        for index in range(0 if lasting else last, last + 1) if self.method.has_gates else ():
+            if not self.results.gate_map_path(index).exists():
+                asked = self.tasks if index == last else [self.tasks[index]]
+                bank = banks.first(self.bank, self.method.live_after(index))
+                variables = {"params": self.family.params, "bank": bank}
+                maps = {t.name: self.family.gate_map(variables, t, t.split(self.config.eval.split)) for t in asked}
+                self.results.write_gate_maps(index, maps)
 
     # -------------------------------------------------------------------- the stream
 

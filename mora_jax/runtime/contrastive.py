@@ -206,7 +206,7 @@ class ClipFamily:
         found = jax.device_get(self._map(variables, batch, layer))
         sites = {"/".join((path[0], *path[2:-1])): g[0] for path, g in flatten_dict(found).items()}
         tokens = ["class", *(f"row {i + 1}, column {j + 1}" for i in range(side) for j in range(side))]
-        return GateMap(tokens, False, layer, sites)
+        return GateMap(tokens, False, layer, sites, picture)
 
     def _collect(self, variables, batch, layer):
         _, found = self.clip.apply(variables, batch["pictures"], method=CLIP.embed_images, mutable=["gates"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from mora_jax.benchmarks.stream import Example, Task
 
@@ -40,12 +40,16 @@ class GateCounts(NamedTuple):
 
 
 class GateMap(NamedTuple):
-    """The gates of one layer on one record: what its tokens show, and g [tokens, capacity] for each kind of site."""
+    """The gates of one layer on one record: what its tokens show, and g [tokens, capacity] for each kind of site.
+
+    picture: what the tokens are patches of, row by row behind a class token; None for text.
+    """
 
     tokens: list[str]
     truncated: bool
     layer: int
     sites: dict[str, np.ndarray]
+    picture: UInt8[np.ndarray, "size size 3"] | None = None
 
 
 class TrainData(NamedTuple):
