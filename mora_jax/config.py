@@ -25,6 +25,7 @@ from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS
 from mora_jax.models.decoder import REMAT
 from mora_jax.models.registry import DTYPES
+from mora_jax.runtime import storage
 from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.optimizer import SCHEDULES
 
@@ -82,7 +83,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     dry = "dry_run" in options
     require(options, ("config",) if dry else ("config", "workdir"), USAGE)
     config = load(options["config"], overrides)
-    return Invocation(config, None if dry else Path(options["workdir"]))
+    return Invocation(config, None if dry else storage.at(options["workdir"]))
 
 
 def split(

@@ -43,7 +43,8 @@ from mora_jax.runtime.results import Results
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.steplog import StepLog
-from mora_jax.runtime.writers import ZERO_SHOT_ROW, MetricsLog, locked, row_name, write_lines
+from mora_jax.runtime.storage import locked
+from mora_jax.runtime.writers import ZERO_SHOT_ROW, MetricsLog, row_name, write_lines
 
 
 class Run:

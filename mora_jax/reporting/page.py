@@ -12,7 +12,7 @@ from mora_jax.reporting import comparison, single
 from mora_jax.reporting.assets import SCRIPT, STYLE
 from mora_jax.reporting.markup import Markup, el
 from mora_jax.reporting.workdir import read
-from mora_jax.runtime.writers import write_text
+from mora_jax.runtime import storage
 
 FILE = "report.html"
 # The page may load nothing, from nowhere.
@@ -25,7 +25,7 @@ def write(workdirs: Sequence[Path], output: Path | None = None) -> Path:
     The default is report.html in the workdir, for several in the current folder. Raises MoraError for workdirs that
     cannot be drawn and for a file that cannot be written.
     """
-    if len({path.resolve() for path in workdirs}) < len(workdirs):
+    if len({storage.absolute(path) for path in workdirs}) < len(workdirs):
         raise MoraError("a workdir was given twice; name each run once")
     runs = [read(path) for path in workdirs]
     alone = len(runs) == 1
@@ -35,7 +35,7 @@ def write(workdirs: Sequence[Path], output: Path | None = None) -> Path:
     if file.is_dir():
         raise MoraError(f"{file} is a folder; the report needs a file, such as {file / FILE}")
     try:
-        write_text(file, text)
+        storage.write_text(file, text)
     except OSError as problem:
         raise MoraError(f"{file} cannot be written: {os.strerror(problem.errno)}") from None
     return file

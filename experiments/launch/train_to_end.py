@@ -1,0 +1,28 @@
+"""The train binary for schedulers that start a job again: exit code 75 where the run was stopped before its end.
+
+    python experiments/launch/train_to_end.py --config=... --workdir=...
+
+`python -m mora_jax.train` ends with 0 once it has saved after a SIGTERM, which a scheduler takes for a finished job.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from mora_jax import train
+from mora_jax.errors import exit_code
+from mora_jax.runtime.progress import Stopped
+
+
+def main() -> int:
+    """0 at the end of the stream, 75 (EX_TEMPFAIL) after a stop with the state saved, 2 after an error."""
+    try:
+        return exit_code(train.run, sys.argv[1:])
+    except Stopped:
+        print("stopped as asked; the same command resumes", flush=True)
+        return os.EX_TEMPFAIL
+
+
+if __name__ == "__main__":
+    sys.exit(main())
