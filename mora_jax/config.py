@@ -25,6 +25,7 @@ from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS
 from mora_jax.models.decoder import REMAT
 from mora_jax.models.registry import DTYPES
+from mora_jax.runtime import hosts
 from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.optimizer import SCHEDULES
 
@@ -32,11 +33,13 @@ USAGE = """\
 python -m mora_jax.train --config=configs/llm_cl.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
 python -m mora_jax.train --config=... --dry_run
 python -m mora_jax.train --list
+python -m mora_jax.train ... --coordinator=HOST:PORT --processes=N --process=I
 
 ARG is a comma list: benchmark=NAME, model=NAME, method=NAME, smoke. KEY is any key of the config, for example
 --config.train.learning_rate=1e-3. The same command in the same workdir resumes. --list prints the known names.
 --dry_run compiles the steps for the devices of this machine and says what they need; python -m mora_jax.plan does that
-for devices that are elsewhere."""
+for devices that are elsewhere. On a TPU pod, under SLURM and under Open MPI the processes of a run find each other;
+elsewhere the last form starts process I of N, with the same HOST:PORT on all, where process 0 runs."""
 
 # Keys that hold a number, or a comma list with one number per task.
 PER_TASK = ("train.steps_per_task", "train.epochs_per_task")
@@ -67,22 +70,24 @@ NOT_RESULTS = (
 class Invocation:
     """A command line that was understood. `config` is None where only --list was asked for.
 
-    `workdir` is None there and for a dry run, which writes nothing.
+    `workdir` is None there and for a dry run, which writes nothing. `hosts`: what was said of other processes.
     """
 
     config: ConfigDict | None
     workdir: Path | None
+    hosts: Mapping[str, str]
 
 
 def parse(argv: Sequence[str]) -> Invocation:
     """Reads the command line. Raises MoraError; the config that comes back has been validated."""
-    options, overrides = split(argv, ("config", "config.KEY", "workdir"), flags=("list", "dry_run"))
+    options, overrides = split(argv, ("config", "config.KEY", "workdir", *hosts.OPTIONS), flags=("list", "dry_run"))
     if "list" in options:
-        return Invocation(None, None)
+        return Invocation(None, None, {})
     dry = "dry_run" in options
     require(options, ("config",) if dry else ("config", "workdir"), USAGE)
     config = load(options["config"], overrides)
-    return Invocation(config, None if dry else Path(options["workdir"]))
+    of_hosts = {name: options[name] for name in hosts.OPTIONS if name in options}
+    return Invocation(config, None if dry else Path(options["workdir"]), of_hosts)
 
 
 def split(
@@ -311,6 +316,11 @@ def fingerprint(config: ConfigDict, model_identity: str) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(kept.items())} | {
         "weights": model_identity
     }
+
+
+def alike(config: ConfigDict) -> dict[str, Any]:
+    """What must be the same on all hosts, as a flat dict: all but where data and weights lie on their disks."""
+    return {key: value for key, value in flatten(config).items() if key not in ("benchmark.root", "model.weights")}
 
 
 def digest(value: Any) -> str:

@@ -75,7 +75,16 @@ def _only_shapes(tree: Any) -> bool:
 
 def place(mesh: Mesh, tree: Any) -> Any:
     """The tree on the devices, cut by the rules; a tree of shapes, as for compilation ahead of time, stays one."""
-    return abstract(mesh, tree) if _only_shapes(tree) else jax.device_put(tree, shardings(mesh, tree))
+    return abstract(mesh, tree) if _only_shapes(tree) else jax.tree.map(_put, tree, shardings(mesh, tree))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """A leaf on the devices. Where some belong to other processes, each process gives what its own devices hold."""
+    elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # it lies on all devices already
+    if elsewhere or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def abstract(mesh: Mesh, shapes: Any) -> Any:
@@ -95,6 +104,6 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
         sharding = NamedSharding(mesh, P() if value.shape[0] % ways else P(("data", "fsdp")))
         if _only_shapes(value):
             return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-        return jax.device_put(value, sharding)
+        return _put(value, sharding)
 
     return {name: put(value) for name, value in batch.items()}

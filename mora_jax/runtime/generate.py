@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from mora_jax.data import text
 from mora_jax.models.decoder import Cache, Decoder, causal_mask
 from mora_jax.models.tokenizer import Tokenizer
 from mora_jax.runtime.decoding import DECODING, Decoding, ruled
-from mora_jax.runtime.distributed import place_batch
+from mora_jax.runtime.distributed import place, place_batch
 
 PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
 MAP_TOKENS = 96  # of a prompt in a gate map: more would not be legible
@@ -71,8 +72,9 @@ class Generator:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding = DECODING["greedy"]):
         self.decoder, self.tokenizer, self.mesh, self.decoding = decoder, tokenizer, mesh, decoding
-        self._run = jax.jit(self._generate, static_argnames="capacity")
-        self._map = jax.jit(self._collect)
+        whole = NamedSharding(mesh, P())  # every process reads the answers
+        self._run = jax.jit(self._generate, static_argnames="capacity", out_shardings=whole)
+        self._map = jax.jit(self._collect, out_shardings=whole)
 
     def __call__(
         self,
@@ -88,6 +90,7 @@ class Generator:
         encoded, truncated = text.encode_prompts(prompts, self.tokenizer, max_prompt_tokens)
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))  # alike lengths share a bucket
         capacity = text.bucket(max_new_tokens, ANSWER_BUCKET, 1 << 30)
+        most = place(self.mesh, np.int32(max_new_tokens))
         texts, gates, tokens_of = [""] * len(encoded), GateCounts(), [()] * len(encoded)
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
@@ -99,7 +102,7 @@ class Generator:
                 tokens[i, width - len(row) :] = row
                 length[i] = len(row)
             batch = place_batch(self.mesh, {"tokens": tokens, "length": length})
-            ids, counts = jax.device_get(self._run(variables, batch, jnp.int32(max_new_tokens), capacity=capacity))
+            ids, counts = jax.device_get(self._run(variables, batch, most, capacity=capacity))
             gates += GateCounts.fetched(counts)
             for i, row in zip(members, ids, strict=False):
                 answer = _until(row.tolist(), self.tokenizer.eos_id)
@@ -113,7 +116,8 @@ class Generator:
         tokens = np.full((1, MAP_TOKENS), self.tokenizer.pad_id, np.int32)
         tokens[0, : len(ids)] = ids
         layer = self.decoder.config.layers // 2
-        found = jax.device_get(self._map(variables, place_batch(self.mesh, {"tokens": tokens}), layer))
+        batch = place_batch(self.mesh, {"tokens": tokens})
+        found = jax.device_get(self._map(variables, batch, place(self.mesh, np.int32(layer))))
         sites = {"/".join(path[1:-1]): g[0, : len(ids)] for path, g in flatten_dict(found).items()}
         spelling = [self.tokenizer.decode([token]) or SPECIAL for token in ids]
         return GateMap(spelling, bool(truncated), layer, sites)

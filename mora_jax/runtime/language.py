@@ -9,7 +9,8 @@ import grain
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mora_jax.benchmarks.stream import Task
@@ -50,7 +51,8 @@ class LanguageFamily:
     def __init__(self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh):
         self.config, self.mesh, self.tokenizer = config, mesh, model.tokenizer
         self.identity = model.identity
-        self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
+        rows = NamedSharding(mesh, P(("data", "fsdp"), None, None))
+        self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"], rows)
         self.params = place(mesh, model.params)
         self._generate = Generator(self.decoder, model.tokenizer, mesh, DECODING[config["eval"]["decoding"]])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import MoraError
+from mora_jax.runtime import hosts
 
 ZERO_SHOT_ROW = "00_zero_shot"
 
@@ -32,7 +33,9 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; of several processes the first one does."""
+    if not hosts.first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with open(part, "w", encoding="utf-8") as file:
@@ -44,7 +47,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: Path):
-    """Holds a workdir for this process; the lock goes with the process, however it ends. Raises MoraError if taken."""
+    """Holds a workdir for this run, by its first process; the lock goes with it, however it ends.
+
+    Raises MoraError if it is taken.
+    """
+    if not hosts.first():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "a+")  # noqa: SIM115 - open as long as the lock is held
@@ -66,12 +75,14 @@ class MetricsLog:
         rows = [row for row in read_lines(self.path) if row["step"] <= restored_step]
         write_lines(self.path, rows)
         self._board = None
-        if tensorboard:
+        if tensorboard and hosts.first():
             from tensorboardX import SummaryWriter  # only when asked for: the import costs a second
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=restored_step + 1)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not hosts.first():
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self._board:
