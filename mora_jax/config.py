@@ -57,6 +57,7 @@ NOT_RESULTS = (
     "eval.batch_size",
     "model.remat",
     "model.weights",
+    "train.accumulate",
     "method.capacity_bucket",
     "benchmark.root",
     "benchmark.tasks",
@@ -238,6 +239,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.steps_per_task": (_per_task(0), "at least 0 (0 = use epochs_per_task)"),
     "train.epochs_per_task": (_per_task(OWN), "at least 0, or -1 (the task's own)"),
     "train.batch_size": (_positive, "at least 1"),
+    "train.accumulate": (_positive, "at least 1"),
     "train.learning_rate": (lambda v: 0 < v < math.inf, "greater than 0 and finite"),
     "train.schedule": (SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}"),
     "train.adam_b1": (lambda v: 0 <= v < 1, "in 0..1, below 1"),
@@ -269,6 +271,10 @@ def validate(config: ConfigDict) -> None:
     if not isinstance(steps, tuple) and not isinstance(epochs, tuple) and bool(steps) == bool(epochs):
         raise MoraError(
             f"train.steps_per_task={steps} and train.epochs_per_task={epochs}: exactly one of them must be other than 0"
+        )
+    if flat["train.batch_size"] % flat["train.accumulate"]:
+        raise MoraError(
+            f"train.accumulate={flat['train.accumulate']} does not divide train.batch_size={flat['train.batch_size']}"
         )
     if config.method.name not in PRESETS:
         raise unknown("method", config.method.name, PRESETS)

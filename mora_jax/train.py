@@ -96,8 +96,11 @@ class Run:
         self.mesh, self.family, self.sites = experiment.load_family(config, self.method, self.tasks)
 
         # ---------------------------------------------------------------- what is trained, and how
+        if self.method.trains and distributed.chosen(config.mesh):
+            distributed.check_mesh(self.mesh, {}, config.train.batch_size, config.train.accumulate)
         self.optimizer = make_optimizer(config.train)
-        self.step = TrainStep(self.family.loss, self.optimizer, config.train.schedule, config.train.learning_rate)
+        c, parts = config.train, (config.train.accumulate, self.family.weight)
+        self.step = TrainStep(self.family.loss, self.optimizer, c.schedule, c.learning_rate, *parts)
         self.bank = self.state = None
 
     # -------------------------------------------------------------------- resume

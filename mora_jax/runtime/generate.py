@@ -18,7 +18,7 @@ from mora_jax.data import text
 from mora_jax.models.decoder import Cache, Decoder, causal_mask
 from mora_jax.models.tokenizer import Tokenizer
 from mora_jax.runtime.decoding import DECODING, Decoding, ruled
-from mora_jax.runtime.distributed import place, place_batch
+from mora_jax.runtime.distributed import place, place_batch, whole_rows
 from mora_jax.runtime.family import GateCounts, GateMap, count_gates
 
 PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
@@ -57,7 +57,11 @@ class Generator:
         batch_size: int,
         after_batch: Callable[[int], None],
     ) -> Generation:
-        """Answers to all prompts. `after_batch(n)` is called with the number of prompts a batch has answered."""
+        """Answers to all prompts, each asked once. `after_batch(n)` is called with the number that a batch answered.
+
+        A batch has `batch_size` rows, or the next number that the mesh divides.
+        """
+        batch_size = whole_rows(self.mesh, batch_size)
         encoded, truncated = text.encode_prompts(prompts, self.tokenizer, max_prompt_tokens)
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))  # alike lengths share a bucket
         capacity = text.bucket(max_new_tokens, ANSWER_BUCKET, 1 << 30)
