@@ -2,18 +2,19 @@
 
     python -m mora_jax.train --config=configs/llm_cl.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
 
-Read it from top to bottom. It knows neither tokens nor experts: it loops over tasks and steps, and asks the model
-family for batches, a loss and predictions, the method for what is trained, and the task for a score.
+Read it from top to bottom. It knows neither tokens nor pixels nor experts: it loops over tasks and steps, and asks the
+model family for batches, a loss and predictions, the method for what is trained, and the task for a score.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from mora_jax import config as configs
 from mora_jax import experiment
 from mora_jax.benchmarks import stream
-from mora_jax.errors import MoraError, exit_code
+from mora_jax.errors import MoraError
 from mora_jax.methods import bank as banks
 from mora_jax.methods import boundaries
 from mora_jax.methods.method import from_config
@@ -33,13 +34,13 @@ from mora_jax.models.registry import MODELS
 from mora_jax.planning import report as plans
 from mora_jax.planning import topologies
 from mora_jax.reporting import page
-from mora_jax.runtime import distributed
+from mora_jax.runtime import distributed, hosts
 from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.display import Display
-from mora_jax.runtime.generate import GateCounts
+from mora_jax.runtime.family import GateCounts, TrainData
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.progress import Progress, Stopped, StopSignals
-from mora_jax.runtime.results import Results
+from mora_jax.runtime.results import Results, versions
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.steplog import StepLog
@@ -54,24 +55,9 @@ class Run:
         self.config, self.workdir = config, workdir
         self.display, self.signals, self.started = Display(), StopSignals(), time.monotonic()
 
-        # ---------------------------------------------------------------- tasks, method, model
-        self.tasks = experiment.load_tasks(config)
-        self.names = [task.name for task in self.tasks]
-        self.lengths = configs.lengths(config, self.names, {task.name: task.epochs for task in self.tasks})
-        self.method = from_config(config.method, config.kernel)
-        for task in self.tasks:  # a missing split is known before any work
-            task.split(config.eval.split)
-            if self.method.trains and len(task.split("train")) < config.train.batch_size:
-                raise MoraError(
-                    f"task {task.name} has {len(task.split('train'))} training records, "
-                    f"fewer than one batch of train.batch_size={config.train.batch_size}"
-                )
-        self.mesh, self.family, self.sites = experiment.load_family(config, self.method)
-
-        # ---------------------------------------------------------------- what is trained, and how
-        self.optimizer = make_optimizer(config.train)
-        self.step = TrainStep(self.family.loss, self.optimizer, config.train.schedule, config.train.learning_rate)
-        self.bank = self.state = None
+        with hosts.together() as facts:
+            self.load()
+            facts |= {"data": self.stream_record(), "weights": self.family.identity}
 
         # ---------------------------------------------------------------- where it goes
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -92,6 +78,31 @@ class Run:
             workdir=workdir,
             display=self.display,
         )
+
+    def load(self) -> None:
+        """Everything that does not depend on the workdir. Raises MoraError for what cannot be run."""
+        # ---------------------------------------------------------------- tasks, method, model
+        config = self.config
+        self.tasks = experiment.load_tasks(config)
+        self.names = [task.name for task in self.tasks]
+        self.lengths = configs.lengths(config, self.names, {task.name: task.epochs for task in self.tasks})
+        self.method = from_config(config.method, config.kernel)
+        for task in self.tasks:  # a missing split is known before any work
+            task.split(config.eval.split)
+            if self.method.trains and len(task.split("train")) < config.train.batch_size:
+                raise MoraError(
+                    f"task {task.name} has {len(task.split('train'))} training records, "
+                    f"fewer than one batch of train.batch_size={config.train.batch_size}"
+                )
+        self.mesh, self.family, self.sites = experiment.load_family(config, self.method, self.tasks)
+
+        # ---------------------------------------------------------------- what is trained, and how
+        if self.method.trains and distributed.chosen(config.mesh):
+            distributed.check_mesh(self.mesh, {}, config.train.batch_size, config.train.accumulate)
+        self.optimizer = make_optimizer(config.train)
+        c, parts = config.train, (config.train.accumulate, self.family.weight)
+        self.step = TrainStep(self.family.loss, self.optimizer, c.schedule, c.learning_rate, *parts)
+        self.bank = self.state = None
 
     # -------------------------------------------------------------------- resume
 
@@ -164,35 +175,37 @@ class Run:
             "random": f"every draw comes from seed {self.config.seed} and the task's number; there is no running state",
             "progress": dataclasses.asdict(p),
         }
-        self.checkpoints.save(self.arrays(self.bank, self.state if phase == "training" else None), meta)
+        arrays = self.arrays(self.bank, self.state if phase == "training" else None)
+        self.checkpoints.save(distributed.place(self.mesh, arrays), meta)
 
     # -------------------------------------------------------------------- one task
 
-    def open_task(self, index: int) -> tuple[Any, int]:
-        """(batches, steps) of task `index`: with fresh experts to train, or from where a restored run stopped."""
+    def open_task(self, index: int) -> TrainData:
+        """The batches of task `index`: with fresh experts to train, or from where a restored run stopped."""
         p = self.progress
-        data, steps, cut = self.family.train_data(self.tasks[index], index, *self.lengths[index])
+        data = self.family.train_data(self.tasks[index], index, *self.lengths[index])
         if p.task == index:  # phase is training: the checkpoint held fresh experts and optimiser
-            data.set_state(p.data)
-            return data, steps
+            data.batches.set_state(p.data)
+            return data
         p.task, p.phase, p.task_step = index, "training", 0
-        p.truncated.setdefault(self.names[index], {})["train"] = cut
+        p.truncated.setdefault(self.names[index], {})["train"] = data.truncated
         bank, fresh = boundaries.append(self.method, self.sites, self.bank, self.config.seed, index)
         self.bank = distributed.place(self.mesh, bank)
         self.state = distributed.place(self.mesh, TrainState.create(fresh, self.optimizer))
-        return data, steps
+        return data
 
     def train(self, index: int) -> None:
         """From the first (or the restored) step of task `index` to its last, then the freeze."""
         p, started = self.progress, time.monotonic()
-        data, steps = self.open_task(index)
+        data = self.open_task(index)
+        batches, steps = data.batches, data.steps
         spent = p.task_seconds[index]
         horizon = distributed.place(self.mesh, jnp.float32(steps))
         title = f"task {index + 1}/{len(self.tasks)} {self.names[index]}"
         with self.display.progress(title, "steps", steps, p.task_step) as advance:
-            log = StepLog(self.log, self.config.log.every_steps, advance)
+            log = StepLog(self.log, self.config.log.every_steps, advance, self.family.rate)
             while p.task_step < steps:
-                batch, traces = next(data), self.step.traces
+                batch, traces = next(batches), self.step.traces
                 placed = distributed.place_batch(self.mesh, batch)
                 with jax.transfer_guard_host_to_device("disallow"):
                     self.state, metrics = self.step(self.state, self.family.params, self.bank, horizon, placed)
@@ -201,42 +214,48 @@ class Run:
                     "step": p.step,
                     "task": self.names[index],
                     "task_step": p.task_step,
-                    "tokens": int(batch["length"].sum()),
-                    "examples": len(batch["length"]),
+                    **self.family.count(batch),
                     "compiled": self.step.traces > traces,
                 }
                 log.add(row, metrics)
-                stop = self.signals.received is not None
+                stop = self.signals.here()
                 save = stop or (p.task_step % self.config.checkpoint.every_steps == 0 and p.task_step < steps)
                 log.settle(in_flight=0 if save or p.task_step == steps else 1)
                 p.task_seconds[index] = spent + time.monotonic() - started
                 if save:
-                    p.data = data.get_state()
+                    p.data = batches.get_state()
+                    p.skip(self.names[index], "train", tuple(data.skipped))
                     log.flush()
                     self.save("training")
                     log.restart_clock()
                 if stop:
                     raise Stopped
             log.flush()
+        p.skip(self.names[index], "train", tuple(data.skipped))
         self.bank = distributed.place(self.mesh, boundaries.freeze(self.bank, self.state.fresh))
         self.state, p.data = None, None
         self.save("trained")
 
     # -------------------------------------------------------------------- evaluation
 
-    def evaluate(self, row: str, index: int) -> tuple[float, float, GateCounts]:
-        """(score, lenient score, gate counts) of the bank alone on task `index`; predictions go to disk under `row`."""
+    def prepare(self) -> Mapping[str, Any]:
+        """What the evaluations of one row of R ask: the bank alone, and what their tasks share."""
+        return self.family.prepare({"params": self.family.params} | ({"bank": self.bank} if self.method.trains else {}))
+
+    def evaluate(self, variables: Mapping[str, Any], row: str, index: int) -> tuple[float, float, GateCounts]:
+        """(score, lenient score, gate counts) on task `index`; predictions go to disk under `row`."""
         task, split = self.tasks[index], self.config.eval.split
         examples = task.split(split)
-        variables = {"params": self.family.params} | ({"bank": self.bank} if self.method.trains else {})
 
         def check() -> None:
-            if self.signals.received is not None:
+            if self.signals.here():
                 raise Stopped
 
         title = f"  {row} -> {task.name}"
         answer, percent, lenient = experiment.evaluate(self.family, variables, task, split, self.display, title, check)
         self.progress.truncated.setdefault(task.name, {})[split] = answer.truncated
+        unread = [e.prompt for e, text in zip(examples, answer.texts, strict=True) if text is None]
+        self.progress.skip(task.name, split, unread)
         scorer = metric(task.metric)
         write_lines(
             self.workdir / "predictions" / row / f"{task.name}.jsonl",
@@ -248,6 +267,7 @@ class Run:
                     "score": round(scorer.of(text, e.answer, e.prompt), 4),
                 }
                 for e, text in zip(examples, answer.texts, strict=True)
+                if text is not None
             ),
         )
         self.log.write_score(f"{task.name}", percent, self.progress.step)
@@ -260,8 +280,9 @@ class Run:
         if not missing:
             return
         bank, self.bank = self.bank, self.new_bank()  # an empty bank: the frozen model
+        variables = self.prepare()
         for i in missing:
-            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate(ZERO_SHOT_ROW, i)
+            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate(variables, ZERO_SHOT_ROW, i)
         self.bank = bank
         if p.task < 0:
             self.save("evaluated")
@@ -269,18 +290,18 @@ class Run:
     def fill_row(self, index: int) -> None:
         """Row `index` of R."""
         last, p = len(self.tasks) if self.config.eval.future_tasks else index + 1, self.progress
+        variables = self.prepare()
         for i in range(last):
-            p.R[index][i], _, gates = self.evaluate(row_name(index, self.names), i)
+            p.R[index][i], _, gates = self.evaluate(variables, row_name(index, self.names), i)
             p.gates[index][i] = list(gates)
         self.save("evaluated")
 
     def map_gates(self) -> None:
-        """Once, with the whole bank: the gates on the first evaluated prompt of every task."""
-        if not self.method.has_gates or self.results.gate_map_path.exists():
+        """Once, with the whole bank: the gates on the first evaluated record of every task."""
+        if not self.method.has_gates or hosts.gathered(self.results.gate_map_path.exists())[0]:
             return
         variables = {"params": self.family.params, "bank": self.bank}
-        prompts = [task.split(self.config.eval.split)[0].prompt for task in self.tasks]
-        maps = [self.family.gate_map(variables, *pair) for pair in zip(self.tasks, prompts, strict=True)]
+        maps = [self.family.gate_map(variables, task, task.split(self.config.eval.split)) for task in self.tasks]
         self.results.write_gate_maps(dict(zip(self.names, maps, strict=True)))
 
     # -------------------------------------------------------------------- the stream
@@ -299,7 +320,8 @@ class Run:
         self.write_results()
         self.map_gates()
         self.results.conclude(p)
-        self.draw_report()
+        if hosts.first():
+            self.draw_report()
 
     def draw_report(self) -> None:
         """report.html. The run is complete by now, so a drawing that fails is told and ends nothing."""
@@ -337,8 +359,8 @@ def dry_run(config: Any) -> None:
     plans.show(plan, Display())
 
 
-def run(argv: Sequence[str]) -> None:
-    """Everything but the handling of errors."""
+def teach(argv: Sequence[str]) -> None:
+    """Everything but the handling of errors. Raises Stopped once it has saved because it was asked to stop."""
     if {"-h", "--help"} & set(argv):
         print(configs.USAGE)
         return
@@ -346,22 +368,30 @@ def run(argv: Sequence[str]) -> None:
     if invocation.config is None:
         print_known()
         return
+    hosts.start(hosts.from_options(invocation.hosts))
     experiment.keep_compiled()
     if invocation.workdir is None:
         dry_run(invocation.config)
         return
     command = shlex.join(["python", "-m", "mora_jax.train", *argv])
-    with locked(invocation.workdir):
+    with contextlib.ExitStack() as stack:
+        with hosts.together() as facts:
+            facts |= configs.alike(invocation.config) | versions() | {"--workdir": str(invocation.workdir)}
+            stack.enter_context(locked(invocation.workdir))
         Run(invocation.config, invocation.workdir, command).teach()
+
+
+def run(argv: Sequence[str]) -> None:
+    """The same, where a run that was asked to stop has done its work."""
+    try:
+        teach(argv)
+    except Stopped:
+        Display().say("stopped as asked; the same command resumes")
 
 
 def main() -> int:
     """The exit code: 0 when done or stopped as asked, 2 after an error that was told in one line."""
-    try:
-        return exit_code(run, sys.argv[1:])
-    except Stopped:
-        print("stopped as asked; the same command resumes", flush=True)
-        return 0
+    return hosts.exit_code(run, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from mora_jax import train
-from mora_jax.errors import exit_code
+from mora_jax.runtime import hosts
 from mora_jax.runtime.progress import Stopped
 
 
 def main() -> int:
-    """0 at the end of the stream, 75 (EX_TEMPFAIL) after a stop with the state saved, 2 after an error."""
-    try:
-        return exit_code(train.run, sys.argv[1:])
-    except Stopped:
-        print("stopped as asked; the same command resumes", flush=True)
-        return os.EX_TEMPFAIL
+    """0 at the end of the stream, 75 (EX_TEMPFAIL) after a stop with the state saved, else as the train binary."""
+    stopped = False
+
+    def run(argv: Sequence[str]) -> None:
+        nonlocal stopped
+        try:
+            train.teach(argv)
+        except Stopped:
+            stopped = True
+
+    return hosts.exit_code(run, sys.argv[1:]) or (os.EX_TEMPFAIL if stopped else 0)
 
 
 if __name__ == "__main__":

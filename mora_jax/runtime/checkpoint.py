@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mora_jax.errors import MoraError
-from mora_jax.runtime import storage
+from mora_jax.runtime import hosts, storage
 from mora_jax.runtime.writers import write_json
 
 MANIFEST = "MANIFEST.json"
@@ -80,14 +80,18 @@ class Checkpoints:
         """Writes a checkpoint; `meta` holds at least step (global), task and phase. Raises MoraError if it cannot."""
         folder = self.folder / _name(meta["step"], meta["task"], meta["phase"])
         try:
-            if folder.exists():
-                self._remove(folder)
-            folder.mkdir(parents=True)
-            _check_space(folder, arrays)
+            if hosts.first():
+                if folder.exists():
+                    self._remove(folder)
+                folder.mkdir(parents=True)
+                _check_space(folder, arrays)
+            # Every process writes the shards that it holds.
             self._orbax.save(storage.absolute(folder) / "arrays", arrays)
             self._orbax.wait_until_finished()
-            write_json(folder / "meta.json", meta)
-            write_json(folder / MANIFEST, _sums(folder))
+            hosts.wait()
+            if hosts.first():
+                write_json(folder / "meta.json", meta)
+                write_json(folder / MANIFEST, _sums(folder))
         except Exception as problem:  # orbax and tensorstore have no common error for a full or read-only disk
             with contextlib.suppress(OSError):
                 storage.remove_folder(folder)
@@ -95,7 +99,8 @@ class Checkpoints:
             raise MoraError(
                 f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are untouched"
             ) from problem
-        self._thin(meta)
+        if hosts.first():
+            self._thin(meta)
         return folder
 
     def restore(self, target: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any] | None:
@@ -103,14 +108,18 @@ class Checkpoints:
 
         Damaged ones are named on stderr and passed over. Raises MoraError if all that exist are damaged.
         """
-        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
-            if folder.is_dir() and not (folder / MANIFEST).exists():  # a save or a removal that was cut short
-                storage.remove_folder(folder)
-        found = self._newest_intact(lambda task, phase: True)
+        newest = None
+        with hosts.together():
+            if hosts.first():
+                for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+                    if folder.is_dir() and not (folder / MANIFEST).exists():  # a save or removal that was cut short
+                        storage.remove_folder(folder)
+                newest = self._newest_intact(lambda task, phase: True)
+        found = hosts.gathered(newest and (newest[0].name, newest[1]))[0]
         if found is None:
             return None
-        folder, meta = found
-        return meta, self._orbax.restore(storage.absolute(folder) / "arrays", target(meta))
+        name, meta = found
+        return meta, self._orbax.restore(storage.absolute(self.folder / name) / "arrays", target(meta))
 
     def read(self, wanted: Callable[[int, str], bool] = lambda task, phase: True) -> tuple[dict[str, Any], Any] | None:
         """(meta, numpy arrays) of the newest intact checkpoint with `wanted(task, phase)`, task from 0; None without.

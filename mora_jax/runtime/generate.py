@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,47 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from mora_jax.data import text
 from mora_jax.models.decoder import Cache, Decoder, causal_mask
 from mora_jax.models.tokenizer import Tokenizer
 from mora_jax.runtime.decoding import DECODING, Decoding, ruled
-from mora_jax.runtime.distributed import place_batch
+from mora_jax.runtime.distributed import place, place_batch, whole_rows
+from mora_jax.runtime.family import GateCounts, GateMap, count_gates
 
 PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
 MAP_TOKENS = 96  # of a prompt in a gate map: more would not be legible
 SPECIAL = "⟨special⟩"  # stands in a gate map for a token without a text
-
-
-class GateCounts(NamedTuple):
-    """Sums over (prompt token, site): how many pairs there are, active experts, pairs without any, gates by block."""
-
-    pairs: int = 0
-    active: int = 0
-    none: int = 0
-    mass: tuple[float, ...] = ()  # of each block of experts that were trained together, in the order of the bank
-
-    @classmethod
-    def fetched(cls, counts: tuple) -> GateCounts:
-        """From the arrays that `_count` gives, once they are on the host."""
-        *totals, mass = counts
-        return cls(*map(int, totals), tuple(map(float, mass)))
-
-    def __add__(self, other: GateCounts) -> GateCounts:
-        mass = itertools.zip_longest(self.mass, other.mass, fillvalue=0.0)
-        counts = (a + b for a, b in zip(self[:3], other[:3], strict=True))
-        return GateCounts(*counts, tuple(a + b for a, b in mass))
-
-
-class GateMap(NamedTuple):
-    """The gates of one layer on one prompt: its tokens as text, and g [tokens, capacity] for each kind of site."""
-
-    tokens: list[str]
-    truncated: bool
-    layer: int
-    sites: dict[str, np.ndarray]
 
 
 class Generation(NamedTuple):
@@ -71,8 +43,9 @@ class Generator:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding = DECODING["greedy"]):
         self.decoder, self.tokenizer, self.mesh, self.decoding = decoder, tokenizer, mesh, decoding
-        self._run = jax.jit(self._generate, static_argnames="capacity")
-        self._map = jax.jit(self._collect)
+        whole = NamedSharding(mesh, P())  # every process reads the answers
+        self._run = jax.jit(self._generate, static_argnames="capacity", out_shardings=whole)
+        self._map = jax.jit(self._collect, out_shardings=whole)
 
     def __call__(
         self,
@@ -84,10 +57,15 @@ class Generator:
         batch_size: int,
         after_batch: Callable[[int], None],
     ) -> Generation:
-        """Answers to all prompts. `after_batch(n)` is called with the number of prompts a batch has answered."""
+        """Answers to all prompts, each asked once. `after_batch(n)` is called with the number that a batch answered.
+
+        A batch has `batch_size` rows, or the next number that the mesh divides.
+        """
+        batch_size = whole_rows(self.mesh, batch_size)
         encoded, truncated = text.encode_prompts(prompts, self.tokenizer, max_prompt_tokens)
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))  # alike lengths share a bucket
         capacity = text.bucket(max_new_tokens, ANSWER_BUCKET, 1 << 30)
+        most = place(self.mesh, np.int32(max_new_tokens))
         texts, gates, tokens_of = [""] * len(encoded), GateCounts(), [()] * len(encoded)
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
@@ -99,7 +77,7 @@ class Generator:
                 tokens[i, width - len(row) :] = row
                 length[i] = len(row)
             batch = place_batch(self.mesh, {"tokens": tokens, "length": length})
-            ids, counts = jax.device_get(self._run(variables, batch, jnp.int32(max_new_tokens), capacity=capacity))
+            ids, counts = jax.device_get(self._run(variables, batch, most, capacity=capacity))
             gates += GateCounts.fetched(counts)
             for i, row in zip(members, ids, strict=False):
                 answer = _until(row.tolist(), self.tokenizer.eos_id)
@@ -113,7 +91,8 @@ class Generator:
         tokens = np.full((1, MAP_TOKENS), self.tokenizer.pad_id, np.int32)
         tokens[0, : len(ids)] = ids
         layer = self.decoder.config.layers // 2
-        found = jax.device_get(self._map(variables, place_batch(self.mesh, {"tokens": tokens}), layer))
+        batch = place_batch(self.mesh, {"tokens": tokens})
+        found = jax.device_get(self._map(variables, batch, place(self.mesh, np.int32(layer))))
         sites = {"/".join(path[1:-1]): g[0, : len(ids)] for path, g in flatten_dict(found).items()}
         spelling = [self.tokenizer.decode([token]) or SPECIAL for token in ids]
         return GateMap(spelling, bool(truncated), layer, sites)
@@ -163,22 +142,7 @@ class Generator:
 
         ids, *_ = jax.lax.while_loop(going, advance, (ids, jnp.int32(1), done, cache))
         real = jnp.arange(width)[None] >= padding
-        return ids, _count(stats.get("stats", {}), real)
-
-
-def _count(stats: Mapping, real) -> tuple:
-    """The sums of `GateCounts` over the real tokens of all sites; `active` is [layers b t], `mass` one block longer."""
-    pairs = active = none = jnp.int32(0)
-    masses = []
-    for path, leaf in flatten_dict(stats).items():
-        if path[-1] == "mass":
-            masses.append(jnp.sum(jnp.where(real[None, ..., None], leaf, 0.0), axis=(0, 1, 2)))
-            continue
-        mask = jnp.broadcast_to(real[None], leaf.shape)
-        pairs += jnp.sum(mask, dtype=jnp.int32)
-        active += jnp.sum(jnp.where(mask, leaf, 0), dtype=jnp.int32)
-        none += jnp.sum(mask & (leaf == 0), dtype=jnp.int32)
-    return pairs, active, none, sum(masses) if masses else jnp.zeros(0)
+        return ids, count_gates(stats.get("stats", {}), real)
 
 
 def gate_counts(decoder: Decoder, variables: Mapping[str, Any], tokens: Sequence[int]) -> GateCounts:
@@ -193,7 +157,7 @@ def gate_counts(decoder: Decoder, variables: Mapping[str, Any], tokens: Sequence
 def _gate_counts(decoder: Decoder, variables, tokens, length):
     t = tokens.shape[1]
     _, told = decoder.apply(variables, tokens, jnp.arange(t)[None], causal_mask(t), mutable=["stats"])
-    return _count(told["stats"], (jnp.arange(t) < length)[None])
+    return count_gates(told["stats"], (jnp.arange(t) < length)[None])
 
 
 def _until(ids: list[int], stop: int) -> list[int]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
-from mora_jax.benchmarks.stream import Task
+from mora_jax.benchmarks.stream import Example, Task
 from mora_jax.data import text
 from mora_jax.methods.method import Method
 from mora_jax.models.decoder import Decoder, causal_mask
 from mora_jax.models.registry import DTYPES, LanguageModel
 from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.distributed import place
-from mora_jax.runtime.generate import GateMap, Generation, Generator
+from mora_jax.runtime.family import GateMap, TrainData
+from mora_jax.runtime.generate import Generation, Generator
 
 # Tokens allowed where neither the config nor the task says: the limits of the TRACE runs.
 PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
@@ -31,12 +33,10 @@ def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[s
     Only the hidden states that predict an answer token meet the vocabulary: `batch["answers"]` [1, a] are the offsets
     from a row's first answer token that can carry loss, and offsets past a row's length count nothing.
     """
-    tokens, prompt, length = batch["tokens"], batch["prompt"], batch["length"]
-    t = tokens.shape[1]
+    tokens, t = batch["tokens"], batch["tokens"].shape[1]
     positions = jnp.broadcast_to(jnp.arange(t)[None], tokens.shape)
     hidden, _ = decoder.apply(variables, tokens, positions, causal_mask(t))
-    target_at = prompt[:, None] + batch["answers"]  # [b a]
-    counts = (target_at < length[:, None]) & (target_at > 0)  # nothing comes before a row's first token
+    target_at, counts = answer_tokens(batch)
     target_at = jnp.clip(target_at, 1, t - 1)
     source = jnp.take_along_axis(hidden, (target_at - 1)[..., None], axis=1)
     logits = decoder.apply(variables, source, method=Decoder.logits)
@@ -44,13 +44,22 @@ def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[s
     return jnp.sum(losses * counts) / jnp.maximum(jnp.sum(counts), 1)
 
 
+def answer_tokens(batch: Mapping[str, Array]) -> tuple[Int[Array, "b a"], Bool[Array, "b a"]]:
+    """Where the tokens that can carry loss stand in their rows, and which of them do."""
+    at = batch["prompt"][:, None] + batch["answers"]
+    return at, (at < batch["length"][:, None]) & (at > 0)  # nothing comes before a row's first token
+
+
 class LanguageFamily:
-    """A decoder with its tokenizer, placed on a mesh, ready to be taught a stream of text tasks."""
+    """A decoder with its tokenizer, placed on a mesh, ready to be taught a stream of text tasks; a `family.Family`."""
+
+    rate = "tokens"
 
     def __init__(self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh):
         self.config, self.mesh, self.tokenizer = config, mesh, model.tokenizer
         self.identity = model.identity
-        self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
+        rows = NamedSharding(mesh, P(("data", "fsdp"), None, None))
+        self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"], rows)
         self.params = place(mesh, model.params)
         self._generate = Generator(self.decoder, model.tokenizer, mesh, DECODING[config["eval"]["decoding"]])
 
@@ -63,6 +72,13 @@ class LanguageFamily:
     def loss(self, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
         return answer_loss(self.decoder, variables, batch)
 
+    def weight(self, batch: Mapping[str, Array]) -> Float[Array, ""]:
+        return jnp.sum(answer_tokens(batch)[1], dtype=jnp.float32)
+
+    @property
+    def heads(self) -> dict[str, int]:
+        return {"heads": self.decoder.config.heads, "key and value heads": self.decoder.config.kv_heads}
+
     def limits(self, task: Task) -> text.Limits:
         """Token limits of a task: the config's where it has them, else the task's, else the defaults above."""
         train = self.config["train"]
@@ -72,8 +88,10 @@ class LanguageFamily:
             bucket=train["length_bucket"],
         )
 
-    def train_data(self, task: Task, index: int, steps: int, epochs: int) -> tuple[grain.DatasetIterator, int, int]:
-        """(batches from the first step on, their number, prompts cut to the limit) for task number `index`."""
+    def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, int]:
+        return {"tokens": int(batch["length"].sum()), "examples": len(batch["length"])}
+
+    def train_data(self, task: Task, index: int, steps: int, epochs: int) -> TrainData:
         examples = task.split("train")
         limits = self.limits(task)
         records, cut = text.encode_records(
@@ -88,21 +106,26 @@ class LanguageFamily:
             seed=self.config["seed"] * 1000 + index,
             pad_id=self.tokenizer.pad_id,
         )
-        return text.pipeline(plan), len(plan), cut
+        return TrainData(text.pipeline(plan), len(plan), cut)
 
-    def gate_map(self, variables: Mapping[str, Any], task: Task, prompt: str) -> GateMap:
-        """The gates on one prompt of a task."""
-        return self._generate.gate_map(variables, prompt, self.limits(task).prompt)
+    def gate_map(self, variables: Mapping[str, Any], task: Task, examples: Sequence[Example]) -> GateMap:
+        return self._generate.gate_map(variables, examples[0].prompt, self.limits(task).prompt)
+
+    def prepare(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        return variables
 
     def predict(
-        self, variables: Mapping[str, Any], task: Task, prompts: Sequence[str], after_batch: Callable[[int], None]
+        self,
+        variables: Mapping[str, Any],
+        task: Task,
+        examples: Sequence[Example],
+        after_batch: Callable[[int], None],
     ) -> Generation:
-        """What the model answers, in text."""
         evaluation = self.config["eval"]
         limits = self.limits(task)
         return self._generate(
             variables,
-            prompts,
+            [example.prompt for example in examples],
             max_prompt_tokens=limits.prompt,
             max_new_tokens=evaluation["max_new_tokens"] or task.max_new_tokens or limits.answer,
             batch_size=evaluation["batch_size"],

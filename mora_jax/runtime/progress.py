@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mora_jax.metrics import continual
-from mora_jax.runtime.generate import GateCounts
+from mora_jax.runtime import hosts
+from mora_jax.runtime.family import GateCounts
 
 
 @dataclasses.dataclass
@@ -26,6 +30,7 @@ class Progress:
     R: list[list[float | None]] = dataclasses.field(default_factory=list)
     gates: list[list[list | None]] = dataclasses.field(default_factory=list)  # GateCounts of every entry of R
     truncated: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # task -> split -> prompts
+    skipped: dict[str, dict[str, list[str]]] = dataclasses.field(default_factory=dict)  # sources that cannot be read
     task_seconds: list[float] = dataclasses.field(default_factory=list)
     wall_seconds: float = 0.0
     train_traces: int = 0  # the most that any process needed
@@ -37,6 +42,11 @@ class Progress:
         for matrix in (self.R, self.gates):
             matrix.extend([None] * tasks for _ in range(tasks - len(matrix)))
         self.task_seconds.extend([0.0] * (tasks - len(self.task_seconds)))
+
+    def skip(self, task: str, split: str, sources: Iterable[str]) -> None:
+        """Notes records that could not be read; a resumed run meets some of them again."""
+        splits = self.skipped.setdefault(task, {})
+        splits[split] = sorted({*splits.get(split, ()), *sources})
 
     def matrix(self) -> np.ndarray:
         """R as floats, NaN where not evaluated."""
@@ -71,11 +81,16 @@ class Progress:
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into a request that the loop answers at its next safe place."""
+    """Turns SIGTERM and SIGINT into a request that the loop answers at its next safe place.
+
+    Of several processes each may be asked: JAX's preemption service hears SIGTERM, tells the others and finds a place
+    that none of them has passed.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._places = 0
+        for number in (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -83,6 +98,15 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = number
+        if hosts.several():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def here(self) -> bool:
+        """Whether to stop here: on all processes alike, so all must ask at the same places."""
+        if not hosts.several():
+            return self.received is not None
+        self._places += 1
+        return multihost_utils.reached_preemption_sync_point(self._places)
 
 
 class Stopped(Exception):

@@ -21,6 +21,7 @@ from pathlib import Path
 from etils import epath
 
 from mora_jax.errors import MoraError
+from mora_jax.runtime import hosts
 
 BUCKET = "gs://"
 LOCK = ".lock"
@@ -74,7 +75,9 @@ def free_bytes(folder: Path) -> float:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; a reader sees the old one or the new one. A bucket's objects are like that."""
+    """Writes a file whole or not at all, as a bucket does by itself; of several processes the first one does."""
+    if not hosts.first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
         path.write_text(text)
@@ -88,7 +91,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds to the end of a file; in a bucket it is written anew."""
+    """Adds to the end of a file, which a bucket writes anew; of several processes the first one does."""
+    if not hosts.first():
+        return
     if is_remote(path):
         path.write_text(path.read_text() + text)
         return
@@ -98,7 +103,13 @@ def append_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds a workdir for this process; the lock goes with the process, however it ends. Raises MoraError if taken."""
+    """Holds a workdir for this run, by its first process; the lock goes with it, however it ends.
+
+    Raises MoraError if it is taken.
+    """
+    if not hosts.first():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

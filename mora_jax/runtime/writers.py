@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import MoraError
-from mora_jax.runtime import storage
+from mora_jax.runtime import hosts, storage
 from mora_jax.runtime.storage import write_text
 
 ZERO_SHOT_ROW = "00_zero_shot"
+SCALARS = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "examples_per_second"}  # for TensorBoard
 
 
 def row_name(index: int, tasks: Sequence[str]) -> str:
@@ -41,7 +42,7 @@ class MetricsLog:
         self._board = None
         if tensorboard and storage.is_remote(workdir):
             raise MoraError(f"log.tensorboard=true writes to folders only, and --workdir={workdir} is none")
-        if tensorboard:
+        if tensorboard and hosts.first():
             from tensorboardX import SummaryWriter  # only when asked for: the import costs a second
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=restored_step + 1)
@@ -50,7 +51,7 @@ class MetricsLog:
         storage.append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         if self._board:
             for row in rows:
-                for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second"):
+                for name in SCALARS & row.keys():
                     self._board.add_scalar(f"train/{name}", row[name], row["step"])
             self._board.flush()
 
@@ -65,9 +66,10 @@ class MetricsLog:
         if not rows:
             return {"step_seconds_median": None, "tokens_per_second": None, "examples_per_second": None}
         seconds = sum(row["seconds"] for row in rows)
+        tokens = sum(row["tokens"] for row in rows) if "tokens" in rows[0] else None
         return {
             "step_seconds_median": round(statistics.median(row["seconds"] for row in rows), 4),
-            "tokens_per_second": round(sum(row["tokens"] for row in rows) / seconds, 1),
+            "tokens_per_second": tokens and round(tokens / seconds, 1),
             "examples_per_second": round(sum(row["examples"] for row in rows) / seconds, 3),
         }
 

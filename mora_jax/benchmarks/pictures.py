@@ -1,0 +1,60 @@
+"""Tasks whose records are pictures with a class: what a picture is, and what such a task adds to a task of a stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mora_jax.benchmarks.stream import Task
+from mora_jax.errors import MoraError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One record: an encoded picture, read when it is needed, and the name of its class.
+
+    source: what a person would call the picture: a file, or a member of an archive. It stands in errors and predictions
+    where a text task has its prompt, and it must not change when the data moves to another folder.
+    """
+
+    source: str
+    answer: str
+    read: Callable[[], bytes]
+
+    @property
+    def prompt(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True)
+class PictureTask(Task):
+    """A task of a stream whose splits hold Pictures; `labels` are its classes.
+
+    classes: their names, in the order of the labels. templates: texts with one `{}` for the name of a class.
+    """
+
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "labels", self.classes)
+        for name, count in Counter(self.classes).items():
+            if count > 1:
+                raise MoraError(f"task {self.name!r}: class {name!r} is listed {count} times")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise MoraError(f"task {self.name!r}: template {template!r} must hold {{}} exactly once")
+        known = set(self.classes)
+        for split, pictures in self.splits.items():
+            for picture in pictures:
+                if picture.answer not in known:
+                    raise MoraError(
+                        f"task {self.name!r}, {split}: {picture.source} has the class {picture.answer!r}, "
+                        f"which is none of the {len(known)} listed"
+                    )
+
+    def _content(self) -> dict[str, Any]:
+        return super()._content() | {"classes": self.classes, "templates": self.templates}
