@@ -29,6 +29,7 @@ def base() -> ConfigDict:
             "name": "smollm2-135m",
             "weights": "",  # a .gguf file, a folder with safetensors, or a hub id; empty = what the name stands for
             "dtype": "float32",  # of frozen weights and activations: float32 or bfloat16
+            "quantise": "none",  # frozen dense kernels in fewer bits: none, int8 or nf4
             "remat": "dots",  # what the backward pass recomputes: none, dots (all but dense products), full
         }
     )

@@ -24,6 +24,7 @@ from mora_jax.errors import MoraError, unknown
 from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS
 from mora_jax.models.decoder import REMAT
+from mora_jax.models.quantised import QUANTISE
 from mora_jax.models.registry import DTYPES
 from mora_jax.runtime import hosts, storage
 from mora_jax.runtime.decoding import DECODING
@@ -235,6 +236,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "benchmark.eval_limit": (_not_negative, "at least 0 (0 = all)"),
     "benchmark.shots": (_not_negative, "at least 0 (0 = all)"),
     "model.dtype": (DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
+    "model.quantise": (QUANTISE.__contains__, f"one of {', '.join(QUANTISE)}"),
     "model.remat": (REMAT.__contains__, f"one of {', '.join(REMAT)}"),
     "train.steps_per_task": (_per_task(0), "at least 0 (0 = use epochs_per_task)"),
     "train.epochs_per_task": (_per_task(OWN), "at least 0, or -1 (the task's own)"),

@@ -18,6 +18,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Shaped
 
 from mora_jax.errors import MoraError
+from mora_jax.models import quantised
 from mora_jax.models.decoder_config import DecoderConfig
 
 READERS = 2  # tensors that are read at a time; each may be held twice, as stored and as it will be
@@ -172,16 +173,20 @@ def fill(
     """The parameters of shapes `sizes` by path, numpy arrays of `dtype`, filled from the stored tensors `wanted`.
 
     Each is allocated once; `read` returns an entry's tensor in its stored shape. Any model's key table can be read so.
+    With a `quantised.Kept` for `dtype`, kernels are coded one stored tensor at a time.
     """
-    dtype = np.dtype(dtype)
-    flat = {path: np.empty(shape, dtype) for path, shape in sizes.items()}
+    kept = dtype if isinstance(dtype, quantised.Kept) else quantised.Kept(dtype)
+    flat = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in quantised.stored(sizes, kept).items()}
 
     def store(entry: Entry) -> None:
         row, tensor = entry.row, read(entry)
         shares = [tensor] if len(row.parts) == 1 else np.split(tensor, len(row.parts))
         for path, share in zip(row.parts, shares, strict=True):
             target = flat[path] if entry.layer is None else flat[path][entry.layer]
-            if row.transform == "transpose":
+            if f"{path}_scale" in flat:
+                w = share.reshape(len(share), -1).T if row.transform == "transpose" else share
+                target[...], flat[f"{path}_scale"][entry.layer] = quantised.encode(w, kept.quantise)
+            elif row.transform == "transpose":
                 _copy(share.reshape(len(share), -1), target, transposed=True)
             else:
                 _copy(share, target, transposed=False)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mora_jax.data import packages
 from mora_jax.errors import MoraError, unknown
-from mora_jax.models import clip_config, clip_weights, gguf, hf
+from mora_jax.models import clip_config, clip_weights, gguf, hf, quantised
 from mora_jax.models.clip import CLIP
 from mora_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
 from mora_jax.models.clip_tokenizer import ClipTokenizer
@@ -76,7 +76,7 @@ KINDS = {"decoder": LanguageModel, "clip": ClipModel}
 
 
 class Row(NamedTuple):
-    """A named model: its kind (None = its weights say it), and the function (weights, dtype, seed) that loads it."""
+    """A named model: its kind (None = its weights say it), and the function (weights, Kept, seed) that loads it."""
 
     kind: Literal["decoder", "clip"] | None
     load: Callable[[str, Any, int], LanguageModel | ClipModel]
@@ -151,7 +151,7 @@ def _tiny(weights: str, dtype: Any, seed: int) -> LanguageModel:
         tie_embeddings=True,
         max_positions=8192,
     )
-    decoder = Decoder(config, dtype=dtype)
+    decoder = Decoder(config, dtype=dtype.dtype)
     variables = jax.jit(lambda key: decoder.init(key, jnp.zeros((1, 2), jnp.int32), method=Decoder.initialise))(
         jax.random.key(seed)
     )
@@ -169,7 +169,7 @@ def _tiny_clip(weights: str, dtype: Any, seed: int) -> ClipModel:
         32,
     )
     pictures, tokens = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
-    variables = jax.jit(CLIP(config, dtype=dtype).init)(jax.random.key(seed), pictures, tokens)
+    variables = jax.jit(CLIP(config, dtype=dtype.dtype).init)(jax.random.key(seed), pictures, tokens)
     return ClipModel(config, variables["params"], tokenizer, f"random, seed {seed}")
 
 
@@ -202,7 +202,9 @@ def kind_of(config: Mapping[str, Any]) -> Literal["decoder", "clip"]:
 
 def load_model(config: Mapping[str, Any], seed: int) -> LanguageModel | ClipModel:
     """The model that `config.model` names. Raises MoraError for unknown names and for weights that do not fit."""
-    model = _row(config["name"]).load(config["weights"], np.dtype(DTYPES[config["dtype"]]), seed)
+    kept = quantised.Kept(np.dtype(DTYPES[config["dtype"]]), config["quantise"])
+    model = _row(config["name"]).load(config["weights"], kept, seed)
+    model = dataclasses.replace(model, params=quantised.coded(model.params, kept.quantise))  # random weights
     if not isinstance(model, KINDS[kind_of(config)]):
         raise MoraError(f"model.weights={config['weights']!r} is of another kind than model.name={config['name']!r}")
     if model.tokenizer.vocab_size > model.vocab_size:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mora_jax.data import text
 from mora_jax.methods import bank as banks
 from mora_jax.methods.method import Method, from_config
+from mora_jax.models import quantised
 from mora_jax.models.keytable import param_shape, rows
 from mora_jax.models.registry import DTYPES, LanguageModel
 from mora_jax.models.tokenizer import Tokenizer
@@ -62,9 +63,9 @@ class Work:
         self.lengths = Lengths(train.max_prompt_tokens or PROMPT_TOKENS, train.max_answer_tokens or ANSWER_TOKENS)
 
     def _params(self) -> dict[str, Any]:
-        dtype = DTYPES[self.config.model.dtype]
-        shapes = {row.ours: jax.ShapeDtypeStruct(param_shape(row, self.sizes), dtype) for row in rows(self.sizes)}
-        return unflatten_dict(shapes, sep="/")
+        kept = quantised.Kept(DTYPES[self.config.model.dtype], self.config.model.quantise)
+        shapes = {row.ours: param_shape(row, self.sizes) for row in rows(self.sizes)}
+        return unflatten_dict(quantised.stored(shapes, kept), sep="/")
 
     def _placed(self, make: Callable[[], Any]) -> Any:
         return distributed.place(self.mesh, jax.eval_shape(make))
@@ -109,7 +110,7 @@ def bytes_of(tree: Any) -> tuple[float, float]:
     """(bytes that one device holds, bytes of the whole) of a tree of shapes with shardings, without padding."""
     held = whole = 0.0
     for leaf in jax.tree.leaves(tree):
-        width = np.dtype(leaf.dtype).itemsize
+        width = quantised.bits(leaf.dtype) / 8
         held += width * float(np.prod(leaf.sharding.shard_shape(leaf.shape)))
         whole += width * float(np.prod(leaf.shape))
     return held, whole

@@ -36,6 +36,8 @@ def _of_frozen(sizes: dict[str, Any], work: Work, aim: Target) -> list[str]:
     shape, lines = work.mesh.shape, []
     if work.config.model.dtype == "float32":
         lines.append(f"model.dtype=bfloat16 halves the frozen weights ({_gib(sizes['frozen'])})")
+    elif work.config.model.quantise == "none":
+        lines.append(f"model.quantise=int8 about halves the frozen weights ({_gib(sizes['frozen'])}), nf4 halves again")
     if shape["data"] > 1:
         cut = sizes["frozen"] / shape["data"]
         lines.append(

@@ -27,8 +27,8 @@ ROWS = frozenset({"tokens", "prompt", "length", "pictures", "labels", "texts", "
 # kernels that narrow the other way round, so that the activation between them stays cut over `model`.
 WIDE, NARROW = ("fsdp", "model"), ("model", "fsdp")
 RULES: tuple[tuple[str, P], ...] = (
-    (r"layers/.*(q|k|v|gate|up)/kernel", P(None, *WIDE)),
-    (r"layers/.*(o|down)/kernel", P(None, *NARROW)),
+    (r"layers/.*(q|k|v|gate|up)/kernel(_scale)?", P(None, *WIDE)),
+    (r"layers/.*(o|down)/kernel(_scale)?", P(None, *NARROW)),
     (r"layers/.*(q|k|v|gate|up)/keys", P(None, None, WIDE[0])),
     (r"layers/.*(q|k|v|gate|up)/values", P(None, None, WIDE[1])),
     (r"layers/.*(o|down)/keys", P(None, None, NARROW[0])),
