@@ -8,9 +8,10 @@ are a few percent of a large model. What is trained never is.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
+
+from mora_jax.models.unread import Entry, Unread
 
 NONE = "none"
 NF4_LEVELS = (
@@ -59,13 +62,6 @@ CODES: Mapping[str, Code] = {
 QUANTISE = (NONE, *CODES)  # what model.quantise can be
 
 
-class Kept(NamedTuple):
-    """How the weights of a frozen model are kept: the dtype of all that is not coded, and a name of `QUANTISE`."""
-
-    dtype: Any
-    quantise: str = NONE
-
-
 def is_coded(path: str) -> bool:
     """Whether a parameter is a dense kernel inside the stacked layers."""
     *above, last = path.split("/")
@@ -77,29 +73,32 @@ def blocks(d_in: int, name: str) -> int:
     return 1 if CODES[name].block is None else d_in // math.gcd(d_in, CODES[name].block)
 
 
-def stored(shapes: Mapping[str, tuple[int, ...]], kept: Kept) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the parameters of these shapes, by path, are kept as: a coded kernel has `kernel_scale` beside it."""
+def stored(shapes: Mapping[str, tuple[int, ...]], dtype: Any, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """What parameters of these shapes, by path, are kept as: a coded kernel has `kernel_scale` beside it."""
     found = {}
     for path, shape in shapes.items():
-        if kept.quantise == NONE or not is_coded(path):
-            found[path] = jax.ShapeDtypeStruct(shape, kept.dtype)
-        else:
+        found[path] = jax.ShapeDtypeStruct(shape, dtype)
+        if name != NONE and is_coded(path):
             *above, d_in, d_out = shape
-            found[path] = jax.ShapeDtypeStruct(shape, CODES[kept.quantise].dtype)
-            found[f"{path}_scale"] = jax.ShapeDtypeStruct((*above, blocks(d_in, kept.quantise), d_out), jnp.float32)
+            found[path] = jax.ShapeDtypeStruct(shape, CODES[name].dtype)
+            found[f"{path}_scale"] = jax.ShapeDtypeStruct((*above, blocks(d_in, name), d_out), jnp.float32)
     return found
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnums=(1, 2))
+def _encode(w: Array, name: str, block: int) -> tuple[Array, Array]:
+    code, (*above, d_in, d_out) = CODES[name], w.shape
+    w = w.astype(jnp.float32).reshape(*above, d_in // block, block, d_out)
+    scale = jnp.max(jnp.abs(w), axis=-2, keepdims=True) / code.top
+    codes = code.codes(w / jnp.where(scale > 0, scale, 1.0)).astype(code.dtype)
+    return codes.reshape(*above, d_in, d_out), scale.squeeze(-2)
+
+
 def encode(
     w: Float[Array, "*above d_in d_out"], name: str
 ) -> tuple[Int[Array, "*above d_in d_out"], Float[Array, "*above blocks d_out"]]:
     """(codes, scales) with codes * scales nearest to w; a block of zeros has scale 0."""
-    code, (*above, d_in, d_out) = CODES[name], w.shape
-    w = w.astype(jnp.float32).reshape(*above, blocks(d_in, name), -1, d_out)
-    scale = jnp.max(jnp.abs(w), axis=-2, keepdims=True) / code.top
-    codes = code.codes(w / jnp.where(scale > 0, scale, 1.0)).astype(code.dtype)
-    return codes.reshape(*above, d_in, d_out), scale.squeeze(-2)
+    return _encode(w, name, w.shape[-2] // blocks(w.shape[-2], name))
 
 
 def decode(
@@ -130,13 +129,47 @@ def product(
     return (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape[-1:])).astype(dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class UnreadCode(Unread):
+    """Codes (or scales) of a stacked kernel that is still in its file. A part of them reads the blocks it lies in.
+
+    With int8 that is all inputs: what a device holds of a kernel cut over its inputs costs reading the columns whole.
+    """
+
+    name: str = NONE
+    d_in: int = 0
+    scales: bool = False
+
+    def jobs(self, spans: Sequence[range], target: Shaped[np.ndarray, "..."]) -> list[Callable[[], None]]:
+        """Calls that fill `target` with the part at `spans`, each with that of one layer."""
+        block, (_, inputs, columns) = self.d_in // blocks(self.d_in, self.name), spans
+        unit = 1 if self.scales else block  # rows of ours in a block
+        first, last = inputs.start // unit, -(-inputs.stop // unit)
+        rows = range(first * block, last * block)
+
+        def layer(entry: Entry, into: Shaped[np.ndarray, "rows columns"]) -> None:
+            w = np.empty((len(rows), len(columns)), np.float32)
+            self._copy_from(entry, [rows, columns], w)
+            found = _encode(w, self.name, block)[self.scales]
+            into[...] = found[inputs.start - first * unit : inputs.stop - first * unit]
+
+        return [partial(layer, self.entries[number], into) for number, into in zip(spans[0], target, strict=True)]
+
+
 def coded(params: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Parameters with those kernels coded that are not yet."""
+    """Parameters with their kernels coded; those that are still in a file are coded layer by layer as they are read."""
     if name == NONE:
         return params
     flat = flatten_dict(params, sep="/")
-    for path in [path for path in flat if is_coded(path) and f"{path}_scale" not in flat]:
-        flat[path], flat[f"{path}_scale"] = encode(flat[path], name)
+    for path in [path for path in flat if is_coded(path)]:
+        kernel, both = flat[path], (path, f"{path}_scale")
+        if not isinstance(kernel, Unread):
+            flat |= dict(zip(both, encode(kernel, name), strict=True))
+            continue
+        kept = stored({path: kernel.shape}, kernel.dtype, name)
+        for which, scales in zip(both, (False, True), strict=True):
+            leaf, source = kept[which], (kernel.entries, kernel.share, kernel.read, name, kernel.shape[-2], scales)
+            flat[which] = UnreadCode(leaf.shape, np.dtype(leaf.dtype), *source)
     return unflatten_dict(flat, sep="/")
 
 

@@ -63,9 +63,9 @@ class Work:
         self.lengths = Lengths(train.max_prompt_tokens or PROMPT_TOKENS, train.max_answer_tokens or ANSWER_TOKENS)
 
     def _params(self) -> dict[str, Any]:
-        kept = quantised.Kept(DTYPES[self.config.model.dtype], self.config.model.quantise)
+        model = self.config.model
         shapes = {row.ours: param_shape(row, self.sizes) for row in rows(self.sizes)}
-        return unflatten_dict(quantised.stored(shapes, kept), sep="/")
+        return unflatten_dict(quantised.stored(shapes, DTYPES[model.dtype], model.quantise), sep="/")
 
     def _placed(self, make: Callable[[], Any]) -> Any:
         return distributed.place(self.mesh, jax.eval_shape(make))

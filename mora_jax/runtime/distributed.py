@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mora_jax.errors import MoraError
+from mora_jax.models.unread import Unread
 
 AXES = ("data", "fsdp", "model")
 ROW_AXES = ("data", "fsdp")  # over which the rows of a batch are cut
@@ -112,12 +113,20 @@ def place(mesh: Mesh, tree: Any) -> Any:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """A leaf on the devices. Where some belong to other processes, each process gives what its own devices hold."""
+    """A leaf on the devices; of one that is still in a file each process reads what its own devices hold."""
+    unread = isinstance(leaf, Unread)
     elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # it lies on all devices already
-    if elsewhere or sharding.is_fully_addressable:
+    if not unread and (elsewhere or sharding.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    source, read = leaf if unread else np.asarray(leaf), {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:  # devices that hold the same part share one reading
+        key = tuple((cut.start, cut.stop) for cut in index)
+        if key not in read:
+            read[key] = source[index]
+        return read[key]
+
+    return jax.make_array_from_callback(source.shape, sharding, part)
 
 
 def abstract(mesh: Mesh, shapes: Any) -> Any:
