@@ -10,7 +10,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mora_jax import config as configs
@@ -19,6 +18,7 @@ from mora_jax.adapter import Adapter
 from mora_jax.benchmarks.stream import Task
 from mora_jax.errors import exit_code
 from mora_jax.layouts import every_state, open_adapter, task_number
+from mora_jax.runtime import storage
 from mora_jax.runtime.display import Display
 from mora_jax.runtime.family import GateCounts
 from mora_jax.runtime.results import device, rounded, versions
@@ -94,8 +94,8 @@ def run(argv: Sequence[str]) -> None:
     for adapter in states:
         bank = adapter.variables(mesh, sites, family.identity)
         rows.append(evaluate_row(adapter, tasks, family, bank, display, own))
-    where = Path(options.get("workdir") or options["adapter"])
-    path = Path(options.get("output") or where / "evaluate.json")
+    where = storage.at(options.get("workdir") or options["adapter"])
+    path = storage.at(options.get("output") or where / "evaluate.json")
     content = {
         "benchmark": config.benchmark.name,
         "tasks": [task.name for task in tasks],

@@ -6,12 +6,14 @@ time does not grow with depth, and every per-layer tensor is stacked on a leadin
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax.methods.method import Method
@@ -183,17 +185,29 @@ class MLP(nn.Module):
         return dense("down", c.d_model)(hidden)
 
 
+def _kept(h: Float[Array, "b t d"], rows: NamedSharding | None) -> Float[Array, "b t d"]:
+    """h with its rows cut as the batch is. Without this the partitioner may cut d instead, like the input axis of the
+    weights: then each device holds all rows and sums of activations travel instead of weights.
+    """
+    if rows is None:
+        return h
+    ways = math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+    return h if h.shape[0] % ways else jax.lax.with_sharding_constraint(h, rows)
+
+
 class Layer(nn.Module):
     """One transformer layer, norms before its halves and in some families after them too; the body of a scan."""
 
     config: DecoderConfig
     method: Method | None
     dtype: Any
+    rows: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, carry, layer: PerLayer, cos, sin, mask, distance):
         h, cache = carry
-        c = self.config
+        rows = self.rows if cache is None else None  # of single tokens the sums are smaller than the weights
+        h, c = _kept(h, rows), self.config
 
         def norm(name, y):
             return RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name=name)(y)
@@ -204,7 +218,7 @@ class Layer(nn.Module):
         h = h + (norm("attn_post_norm", attended) if c.post_norms else attended)
         fed = MLP(c, self.method, self.dtype, name="mlp")(norm("mlp_norm", h))
         h = h + (norm("mlp_post_norm", fed) if c.post_norms else fed)
-        return (h, cache), None
+        return (_kept(h, rows), cache), None
 
 
 class Decoder(nn.Module):
@@ -214,6 +228,7 @@ class Decoder(nn.Module):
     method: Method | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
+    rows: NamedSharding | None = None  # of hidden states on a mesh
 
     def setup(self):
         c = self.config
@@ -225,7 +240,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, *[nn.broadcast] * 4),
             length=c.layers,
-        )(c, self.method, self.dtype)
+        )(c, self.method, self.dtype, self.rows)
         self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset)
         if not c.tie_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, param_dtype=self.dtype)

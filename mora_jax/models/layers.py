@@ -11,14 +11,16 @@ from jaxtyping import Array, Float
 
 from mora_jax.methods import gates
 from mora_jax.methods.method import Method
+from mora_jax.models import quantised
 
 
 class Dense(nn.Module):
     """y = x W (+ bias) (+ the method's update, where the collections `bank` and `fresh` hold this site's experts).
 
-    W is [d_in, d_out]. Without a bank this is a plain dense layer, so the frozen model costs nothing extra. Of a method
-    with gates two collections are filled where they are mutable: `stats` per token with the number of `active` experts
-    ([...] of x, int32) and the gate `mass` of each block of frozen experts ([..., blocks]); `gates` with all gates.
+    W is [d_in, d_out], plain or coded (see `quantised`). Without a bank this is a dense layer and no more, so the
+    frozen model costs nothing extra. Of a method with gates two collections are filled where they are mutable: `stats`
+    per token with the number of `active` experts ([...] of x, int32) and the gate `mass` of each block of frozen
+    experts ([..., blocks]); `gates` with all gates.
     """
 
     features: int
@@ -29,7 +31,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.dtype)
-        y = jnp.dot(x, kernel.astype(self.dtype))
+        scale = self.get_variable("params", "kernel_scale")  # None where the kernel is not coded
+        y = quantised.product(x, kernel, scale, self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape).astype(self.dtype)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from mora_jax.data.images import png
 from mora_jax.reporting.charts import COLOURS, colour
 from mora_jax.reporting.markup import Markup, el
 
@@ -109,7 +110,7 @@ def write(folder: Path, found: Iterable[Panel]) -> list[Path]:
             top += strip.height
         folder.mkdir(parents=True, exist_ok=True)
         files.append(folder / f"{task}.png")
-        sheet.save(files[-1], "PNG")
+        files[-1].write_bytes(png(np.asarray(sheet)))
     return files
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import MoraError
+from mora_jax.runtime import storage
 from mora_jax.runtime.writers import ZERO_SHOT_ROW, read_lines, row_name
 
 
@@ -33,7 +34,7 @@ class Workdir:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return storage.absolute(self.path).name
 
     @property
     def taught(self) -> int:

@@ -76,15 +76,20 @@ class Family(Protocol):
     """A model on a mesh with its method, ready for the tasks of one stream.
 
     identity: names its weights. params: them, on the mesh. site_kinds: the path of every dense layer that a method may
-    adapt, with its kind. rate: the count of a batch (see `count`) by which speed is told.
+    adapt, with its kind. heads: how many attention heads there are, by name. rate: the count of a batch (see `count`)
+    by which speed is told. weight: see `TrainStep`; None where the loss of a batch is no mean over its rows.
     """
 
     identity: str
     params: Mapping[str, Any]
     rate: str
+    weight: Callable[[Mapping[str, Array]], Float[Array, ""]] | None
 
     @property
     def site_kinds(self) -> dict[SitePath, str]: ...
+
+    @property
+    def heads(self) -> dict[str, int]: ...
 
     def loss(self, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
         """What a train step minimises; traced."""
