@@ -116,10 +116,12 @@ class Benchmark(Protocol):
 # Module paths (module or module:object) rather than modules: listing names must not import (or download) anything.
 BENCHMARKS: dict[str, str] = {
     "folder": "mora_jax.benchmarks.folder",
+    "mtil": "mora_jax.benchmarks.mtil",
     "packaged_text": "mora_jax.benchmarks.packaged_text",
     "standard_cl": "mora_jax.benchmarks.standard_cl:LEAK_FREE",
     "standard_cl_published": "mora_jax.benchmarks.standard_cl:PUBLISHED",
     "trace": "mora_jax.benchmarks.trace",
+    "xtail": "mora_jax.benchmarks.xtail",
 }
 
 
