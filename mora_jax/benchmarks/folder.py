@@ -32,7 +32,7 @@ MOST_LABELS = 32
 
 
 def data_root(root: str, layout: str = LAYOUT) -> Path:
-    """`benchmark.root` as a folder; MoraError, which tells the `layout` it should have, if it is empty or none."""
+    """`benchmark.root` as a folder; MoraError, saying what it must hold, if it is empty or none."""
     if not root:
         raise MoraError(f"benchmark.root is empty; set it to {layout}")
     path = Path(root).expanduser()

@@ -188,7 +188,6 @@ def load_task(
         name=name,
         metric=metric or "accuracy",
         splits={split: _pictures(records) for split, records in pictures.splits.items() if records},
-        labels=pictures.classes,
         variant=variant,
         classes=pictures.classes,
         templates=templates(domain),
