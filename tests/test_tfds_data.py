@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,17 @@ def test_a_prepared_set(name: str, tmp_path: Path) -> None:
         label = next(label for label in labels if domain.class_of_tfds[names[label]] == picture.answer)
         assert picture.read() == tiny_domains.encoded(label, tiny_domains.picture_format(name))
     assert "tensorflow" not in sys.modules
+
+
+def test_threads_read_the_same_records(tmp_path: Path) -> None:
+    """As the pipeline does; each record is found where it was when the labels were looked through."""
+    tiny_domains.write_tfds(tmp_path, "EuroSAT", {"train": list(range(10)) * 20})
+    pictures = [picture for split in load(tmp_path, "EuroSAT").splits.values() for picture in split]
+    tfds._records.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda picture: picture.read(), pictures))
+    classes = DOMAINS["EuroSAT"].classes
+    assert found == [tiny_domains.encoded(classes.index(picture.answer)) for picture in pictures]
 
 
 def test_dropped_classes_are_not_there(tmp_path: Path) -> None:

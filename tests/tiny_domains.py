@@ -81,13 +81,23 @@ def write_mnist(folder: Path, train: int = 20, test: int = 10) -> None:
 
 
 def tfds_features(name: str) -> Any:
-    """The features of a set in TFDS that matter here, from TFDS's own builder."""
+    """What a record of a set in TFDS holds, from TFDS's own builder."""
     domain = DOMAINS[name]
-    real = tfds.builder("/".join((domain.tfds, *domain.configs[:1])), data_dir="nowhere").info.features
-    kept = {key: real[key] for key in ("image", "label", "file_name", "filename", "image/file_name") if key in real}
+    features = dict(tfds.builder("/".join((domain.tfds, *domain.configs[:1])), data_dir="nowhere").info.features)
     if name == "CIFAR100":  # whose builder learns the names only from the files it downloads
-        kept["label"] = tfds.features.ClassLabel(names=list(DOMAINS[name].class_of_tfds))
-    return tfds.features.FeaturesDict(kept)
+        features["label"] = tfds.features.ClassLabel(names=list(DOMAINS[name].class_of_tfds))
+    return tfds.features.FeaturesDict(features)
+
+
+def _beside(features: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Something for every other feature of a record; masks are bytes that no decoder would take."""
+    values: dict[type, Any] = {
+        tfds.features.Text: f"{number:03}.jpg",
+        tfds.features.ClassLabel: 0,
+        tfds.features.Image: b"no picture",
+        tfds.features.BBoxFeature: tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+    }
+    return {key: values[type(feature)] for key, feature in features.items() if key not in ("image", "label")}
 
 
 def picture_format(name: str) -> str:
@@ -113,8 +123,8 @@ def write_tfds(root: Path, name: str, labels: Mapping[str, Sequence[int]]) -> Pa
 
         def _generate_examples(self, wanted: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, label in enumerate(wanted):
-                texts = {key: f"{number:03}.jpg" for key in features if key not in ("image", "label")}
-                yield f"{number:03}", {"image": encoded(label, picture_format(name)), "label": label, **texts}
+                picture = {"image": encoded(label, picture_format(name)), "label": label}
+                yield f"{number:03}", picture | _beside(features, number)
 
     builder = Builder(data_dir=root, file_format="array_record")
     builder.download_and_prepare(download_dir=root / "downloads")

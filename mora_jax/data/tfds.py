@@ -77,10 +77,12 @@ def _builder(folder: str) -> Any:
 
 @lru_cache(maxsize=64)
 def _records(folder: str, split: str) -> Any:
-    """Random access to the records of a split, pictures still encoded. One per process, opened when first needed."""
+    """Random access to the records of a split, nothing in them decoded. One per process, opened when first needed."""
     import tensorflow_datasets as tfds
 
-    return _builder(folder).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    # Not only the pictures: masks that nobody asked for would be decoded with every record.
+    raw = {key: tfds.decode.SkipDecoding() for key in _builder(folder).info.features}
+    return _builder(folder).as_data_source(split, decoders=raw)
 
 
 def _read(folder: str, split: str, index: int) -> bytes:
