@@ -129,12 +129,41 @@ def test_a_missing_shard(tmp_path: Path) -> None:
         load(tmp_path, "OxfordPets")
 
 
+def test_a_damaged_shard(tmp_path: Path) -> None:
+    folder = tiny_domains.write_tfds(tmp_path, "OxfordPets", {"train": [0] * 50, "test": [1]})
+    shard = folder / "oxford_iiit_pet-train.array_record-00000-of-00001"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(
+        MoraError, match=r"oxford_iiit_pet/1\.2\.3: half prepared: the train split cannot be read \(.+\)"
+    ) as bad:
+        load(tmp_path, "OxfordPets")
+    assert "\n" not in str(bad.value)
+
+
+def test_records_that_are_no_labelled_pictures(tmp_path: Path) -> None:
+    folder = tiny_domains.write_tfds(tmp_path, "OxfordPets", {"train": [0], "test": [36, 1]})
+    names = (folder / "label.labels.txt").read_text()
+    (folder / "label.labels.txt").write_text("".join(names.splitlines(keepends=True)[:36]))
+    with pytest.raises(MoraError, match=r"record 0 of test has the label 36; legal: 0\.\.35"):
+        load(tmp_path, "OxfordPets")
+    features = json.loads((folder / "features.json").read_text())
+    del features["featuresDict"]["features"]["label"]
+    (folder / "features.json").write_text(json.dumps(features))
+    tfds._builder.cache_clear()
+    with pytest.raises(MoraError, match=r"its records are no 'image' with a named 'label'; they have: .*species"):
+        load(tmp_path, "OxfordPets")
+
+
 def test_a_preparation_that_did_not_end(tmp_path: Path) -> None:
     folder = tiny_domains.write_tfds(tmp_path, "OxfordPets", {"train": [0], "test": [1]})
     (folder / "dataset_info.json").unlink()
     message = r"1\.2\.3: half prepared: no dataset_info\.json; prepare it again: tfds\.builder\('oxford_iiit_pet', data"
     with pytest.raises(MoraError, match=message):
         load(tmp_path, "OxfordPets")
+    ours = tmp_path / "clip_domains" / "DTD" / "1.0.0"
+    ours.mkdir(parents=True)
+    with pytest.raises(MoraError, match=r"prepare it again: python -m mora_jax\.data\.builders --root=ROOT --set=DTD"):
+        load(tmp_path, "DTD")
     folder.rename(folder.parent / "incomplete.ABCDEF_1.2.3")
     with pytest.raises(MoraError, match=r"incomplete\.ABCDEF_1\.2\.3: half prepared; prepare it again"):
         load(tmp_path, "OxfordPets")

@@ -25,12 +25,14 @@ INFO = "dataset_info.json"
 # The names under which data sets of TFDS keep the name of a picture's file.
 _FILE_NAMES = ("file_name", "filename", "image/file_name")
 _BATCH = 256  # records read at once when all labels are looked up
-PREPARE = "tfds.builder({name!r}, data_dir=ROOT, file_format='array_record').download_and_prepare()"
 
 
 def how_to_prepare(name: str, configs: Sequence[str] = ()) -> str:
-    """The call of TFDS that prepares a data set; most of its builders need TensorFlow for it, reading does not."""
-    return PREPARE.format(name="/".join((name, *configs[:1])))
+    """What prepares a data set. Most builders of TFDS need TensorFlow for it; reading does not."""
+    if name == OURS:
+        return f"python -m mora_jax.data.builders --root=ROOT --set={configs[0]}"
+    name = "/".join((name, *configs[:1]))
+    return f"tfds.builder({name!r}, data_dir=ROOT, file_format='array_record').download_and_prepare()"
 
 
 def _version(path: Path) -> tuple[int, ...] | None:
@@ -101,14 +103,27 @@ def _source(record: Mapping[str, Any], place: str, label: str, index: int) -> st
     return file_name if place.startswith(f"{OURS}/") else f"{place}/{label.strip('/')}/{file_name}"
 
 
+def _all_records(folder: Path, split: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        records = _records(str(folder), split)
+        for start in range(0, len(records), _BATCH):
+            yield from records.__getitems__(range(start, min(start + _BATCH, len(records))))
+    # The readers of array_record and of protocol buffers raise errors of many kinds for damaged files.
+    except Exception as error:
+        told = str(error).partition("\n")[0]
+        raise MoraError(
+            f"{folder}: half prepared: the {split} split cannot be read ({told}); prepare it again"
+        ) from error
+
+
 def _stored(folder: Path, place: str, split: str, names: Sequence[str]) -> Iterator[Stored]:
-    records = _records(str(folder), split)
-    for start in range(0, len(records), _BATCH):
-        indices = range(start, min(start + _BATCH, len(records)))
-        for index, record in zip(indices, records.__getitems__(indices), strict=True):
-            label = names[record["label"]]
-            source = _source(record, f"{place}/{split}", label, index)
-            yield Stored(source, label, partial(_read, str(folder), split, index))
+    for index, record in enumerate(_all_records(folder, split)):
+        number = int(record["label"])
+        if not 0 <= number < len(names):
+            raise MoraError(f"{folder}: record {index} of {split} has the label {number}; legal: 0..{len(names) - 1}")
+        label = names[number]
+        source = _source(record, f"{place}/{split}", label, index)
+        yield Stored(source, label, partial(_read, str(folder), split, index))
 
 
 def read(root: Path, folder: Path, splits: Mapping[str, str] | None = None) -> PictureSet:
@@ -118,10 +133,9 @@ def read(root: Path, folder: Path, splits: Mapping[str, str] | None = None) -> P
     MoraError for another file format, a split or a shard that is missing, and records that are no labelled pictures.
     """
     info = _builder(str(folder)).info
-    features = info.features or {}
-    for key in ("image", "label"):
-        if key not in features:
-            raise MoraError(f"{folder}: its records have no {key!r}; they have: {', '.join(features)}")
+    features = dict(info.features or {})
+    if "image" not in features or not getattr(features.get("label"), "names", None):
+        raise MoraError(f"{folder}: its records are no 'image' with a named 'label'; they have: {', '.join(features)}")
     splits = splits or {split: split for split in info.splits}
     for split in splits.values():
         if split not in info.splits:
