@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_domains
+from conftest import ROOT
+from launching import Ended, results
 
 from mora_jax.benchmarks import mtil, stream, xtail
 from mora_jax.benchmarks.domains import DOMAINS
@@ -65,3 +69,29 @@ def test_an_order_is_a_name_for_its_sets(tmp_path: Path) -> None:
         stream.load("mtil", str(tmp_path), ["order2"], metrics={}, split_seed=0)
     with pytest.raises(MoraError, match=r"'order3'; known: Aircraft, .*, order1, order2"):
         stream.load("mtil", str(tmp_path), ["order3"], metrics={}, split_seed=0)
+
+
+@pytest.mark.slow
+def test_a_run_chooses_among_the_classes_of_the_set(main: Callable[..., Ended], tmp_path: Path) -> None:
+    tiny_domains.write_coop(tmp_path / "sets", "EuroSAT")
+    tiny_domains.write_mnist(tmp_path / "sets" / "mnist", train=30)
+    run = main(
+        f"--config={ROOT}/configs/clip_cl.py:smoke,benchmark=mtil",
+        f"--workdir={tmp_path / 'w'}",
+        f"--config.benchmark.root={tmp_path / 'sets'}",
+        "--config.benchmark.tasks=EuroSAT,MNIST",
+        "--config.benchmark.shots=2",
+    )
+    assert (run.code, run.err) == (0, "")
+    found = results(tmp_path / "w")
+    assert found["complete"]
+    assert found["variant"] == [
+        "coop split_zhou; 2 shots drawn with seed 42",
+        "mnist idx files; 2 shots drawn with seed 42",
+    ]
+    assert found["config"]["eval"]["label_space"] == "own"
+    assert found["train_traces"] == 1
+    for row in ("00_zero_shot", "01_EuroSAT", "02_MNIST"):
+        for name in ("EuroSAT", "MNIST"):
+            lines = (tmp_path / "w" / "predictions" / row / f"{name}.jsonl").read_text().splitlines()
+            assert {json.loads(line)["prediction"] for line in lines} <= set(DOMAINS[name].classes)
