@@ -20,7 +20,8 @@ def base() -> ConfigDict:
             "metrics": "",  # comma list of task=metric, over what the benchmark says
             "train_limit": 0,  # first so many training records of each task; 0 = all
             "eval_limit": 0,  # first so many evaluation records of each task; 0 = all
-            "split_seed": 0,  # of benchmarks that draw their own splits
+            "shots": 0,  # training records of each class, drawn by split_seed; 0 = all
+            "split_seed": 0,  # of benchmarks that draw their own splits, and of the shots
         }
     )
     c.model = ConfigDict(
@@ -52,6 +53,7 @@ def base() -> ConfigDict:
             "max_prompt_tokens": 0,  # with BOS; longer prompts lose their left end; 0 = the task's own, else 1024
             "max_answer_tokens": 0,  # with EOS; 0 = the task's own, else 512
             "length_bucket": 128,  # smallest padded length in tokens; the others are it doubled
+            "class_bucket": 16,  # smallest padded number of classes of a CLIP's task; the others are it doubled
         }
     )
     c.eval = ConfigDict(
@@ -60,6 +62,7 @@ def base() -> ConfigDict:
             "batch_size": 32,
             "max_new_tokens": 0,  # 0 = the task's own, else its longest answer
             "decoding": "greedy",  # greedy, or moram: with repetition penalty 1.2 and no 3-gram twice, as published
+            "label_space": "joint",  # what a CLIP chooses from: joint (classes of all tasks) or own (of the task asked)
             "future_tasks": False,  # also evaluate tasks that have not been taught yet
         }
     )
@@ -90,9 +93,9 @@ def apply_argument(c: ConfigDict, arg: str) -> set[str]:
     return words
 
 
-def smoke(c: ConfigDict) -> None:
+def smoke(c: ConfigDict, model: str = "tiny") -> None:
     """Shrinks anything to seconds: a tiny random model, a few steps, a few examples. Its scores mean nothing."""
-    c.model.update({"name": "tiny", "weights": "", "dtype": "float32"})
+    c.model.update({"name": model, "weights": "", "dtype": "float32"})
     c.train.update(
         {"steps_per_task": 3, "epochs_per_task": 0, "batch_size": 4, "max_prompt_tokens": 48, "max_answer_tokens": 16}
     )

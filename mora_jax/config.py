@@ -40,6 +40,7 @@ for devices that are elsewhere."""
 
 # Keys that hold a number, or a comma list with one number per task.
 PER_TASK = ("train.steps_per_task", "train.epochs_per_task")
+LABEL_SPACES = ("joint", "own")
 OWN = -1  # as a number of epochs: the task's own
 
 # What changes how a run is carried out, but not its results; the rest of the config is part of the fingerprint. Paths
@@ -226,6 +227,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
     "benchmark.train_limit": (_not_negative, "at least 0 (0 = all)"),
     "benchmark.eval_limit": (_not_negative, "at least 0 (0 = all)"),
+    "benchmark.shots": (_not_negative, "at least 0 (0 = all)"),
     "model.dtype": (DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
     "model.remat": (REMAT.__contains__, f"one of {', '.join(REMAT)}"),
     "train.steps_per_task": (_per_task(0), "at least 0 (0 = use epochs_per_task)"),
@@ -240,6 +242,8 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.max_prompt_tokens": (lambda v: v == 0 or v >= 2, "0 (the task's own) or at least 2"),
     "train.max_answer_tokens": (lambda v: v == 0 or v >= 2, "0 (the task's own) or at least 2"),
     "train.length_bucket": (lambda v: v >= 8, "at least 8"),
+    "train.class_bucket": (_positive, "at least 1"),
+    "eval.label_space": (LABEL_SPACES.__contains__, f"one of {', '.join(LABEL_SPACES)}"),
     "eval.split": (("test", "eval").__contains__, "one of test, eval"),
     "eval.batch_size": (_positive, "at least 1"),
     "eval.max_new_tokens": (_not_negative, "at least 0 (0 = the task's own)"),

@@ -20,7 +20,7 @@ from mora_jax.benchmarks.stream import Task
 from mora_jax.errors import exit_code
 from mora_jax.layouts import every_state, open_adapter, task_number
 from mora_jax.runtime.display import Display
-from mora_jax.runtime.generate import GateCounts
+from mora_jax.runtime.family import GateCounts
 from mora_jax.runtime.results import device, rounded, versions
 from mora_jax.runtime.writers import write_json
 
@@ -47,6 +47,7 @@ def evaluate_row(
 ) -> dict[str, Any]:
     """One row: percent on each task, None where `own` and not taught by then; what the gates did."""
     last, split, counts, truncated = len(adapter.tasks) - 1, adapter.config.eval.split, GateCounts(), 0
+    variables = family.prepare({"params": family.params} | bank)
     title = f"after {adapter.tasks[last]}" if adapter.tasks else "frozen model"
     strict: list[float | None] = []
     lenient: list[float | None] = []
@@ -55,7 +56,6 @@ def evaluate_row(
             strict.append(None)
             lenient.append(None)
             continue
-        variables = {"params": family.params} | bank
         answer, *scores = experiment.evaluate(family, variables, task, split, display, f"  {title} -> {task.name}")
         strict.append(scores[0])
         lenient.append(scores[1])
@@ -89,7 +89,7 @@ def run(argv: Sequence[str]) -> None:
     for task in tasks:  # a missing split is known before any work
         task.split(config.eval.split)
     experiment.keep_compiled()
-    mesh, family, sites = experiment.load_family(config, newest.method)
+    mesh, family, sites = experiment.load_family(config, newest.method, tasks)
     rows = []
     for adapter in states:
         bank = adapter.variables(mesh, sites, family.identity)

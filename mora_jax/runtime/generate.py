@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,39 +18,11 @@ from mora_jax.models.decoder import Cache, Decoder, causal_mask
 from mora_jax.models.tokenizer import Tokenizer
 from mora_jax.runtime.decoding import DECODING, Decoding, ruled
 from mora_jax.runtime.distributed import place_batch
+from mora_jax.runtime.family import GateCounts, GateMap, count_gates
 
 PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
 MAP_TOKENS = 96  # of a prompt in a gate map: more would not be legible
 SPECIAL = "⟨special⟩"  # stands in a gate map for a token without a text
-
-
-class GateCounts(NamedTuple):
-    """Sums over (prompt token, site): how many pairs there are, active experts, pairs without any, gates by block."""
-
-    pairs: int = 0
-    active: int = 0
-    none: int = 0
-    mass: tuple[float, ...] = ()  # of each block of experts that were trained together, in the order of the bank
-
-    @classmethod
-    def fetched(cls, counts: tuple) -> GateCounts:
-        """From the arrays that `_count` gives, once they are on the host."""
-        *totals, mass = counts
-        return cls(*map(int, totals), tuple(map(float, mass)))
-
-    def __add__(self, other: GateCounts) -> GateCounts:
-        mass = itertools.zip_longest(self.mass, other.mass, fillvalue=0.0)
-        counts = (a + b for a, b in zip(self[:3], other[:3], strict=True))
-        return GateCounts(*counts, tuple(a + b for a, b in mass))
-
-
-class GateMap(NamedTuple):
-    """The gates of one layer on one prompt: its tokens as text, and g [tokens, capacity] for each kind of site."""
-
-    tokens: list[str]
-    truncated: bool
-    layer: int
-    sites: dict[str, np.ndarray]
 
 
 class Generation(NamedTuple):
@@ -163,22 +134,7 @@ class Generator:
 
         ids, *_ = jax.lax.while_loop(going, advance, (ids, jnp.int32(1), done, cache))
         real = jnp.arange(width)[None] >= padding
-        return ids, _count(stats.get("stats", {}), real)
-
-
-def _count(stats: Mapping, real) -> tuple:
-    """The sums of `GateCounts` over the real tokens of all sites; `active` is [layers b t], `mass` one block longer."""
-    pairs = active = none = jnp.int32(0)
-    masses = []
-    for path, leaf in flatten_dict(stats).items():
-        if path[-1] == "mass":
-            masses.append(jnp.sum(jnp.where(real[None, ..., None], leaf, 0.0), axis=(0, 1, 2)))
-            continue
-        mask = jnp.broadcast_to(real[None], leaf.shape)
-        pairs += jnp.sum(mask, dtype=jnp.int32)
-        active += jnp.sum(jnp.where(mask, leaf, 0), dtype=jnp.int32)
-        none += jnp.sum(mask & (leaf == 0), dtype=jnp.int32)
-    return pairs, active, none, sum(masses) if masses else jnp.zeros(0)
+        return ids, count_gates(stats.get("stats", {}), real)
 
 
 def gate_counts(decoder: Decoder, variables: Mapping[str, Any], tokens: Sequence[int]) -> GateCounts:
@@ -193,7 +149,7 @@ def gate_counts(decoder: Decoder, variables: Mapping[str, Any], tokens: Sequence
 def _gate_counts(decoder: Decoder, variables, tokens, length):
     t = tokens.shape[1]
     _, told = decoder.apply(variables, tokens, jnp.arange(t)[None], causal_mask(t), mutable=["stats"])
-    return _count(told["stats"], (jnp.arange(t) < length)[None])
+    return count_gates(told["stats"], (jnp.arange(t) < length)[None])
 
 
 def _until(ids: list[int], stop: int) -> list[int]:

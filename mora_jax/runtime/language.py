@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mora_jax.benchmarks.stream import Task
+from mora_jax.benchmarks.stream import Example, Task
 from mora_jax.data import text
 from mora_jax.methods.method import Method
 from mora_jax.models.decoder import Decoder, causal_mask
 from mora_jax.models.registry import DTYPES, LanguageModel
 from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.distributed import place
-from mora_jax.runtime.generate import GateMap, Generation, Generator
+from mora_jax.runtime.family import GateMap, TrainData
+from mora_jax.runtime.generate import Generation, Generator
 
 # Tokens allowed where neither the config nor the task says: the limits of the TRACE runs.
 PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
@@ -45,7 +46,9 @@ def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[s
 
 
 class LanguageFamily:
-    """A decoder with its tokenizer, placed on a mesh, ready to be taught a stream of text tasks."""
+    """A decoder with its tokenizer, placed on a mesh, ready to be taught a stream of text tasks; a `family.Family`."""
+
+    rate = "tokens"
 
     def __init__(self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh):
         self.config, self.mesh, self.tokenizer = config, mesh, model.tokenizer
@@ -72,8 +75,10 @@ class LanguageFamily:
             bucket=train["length_bucket"],
         )
 
-    def train_data(self, task: Task, index: int, steps: int, epochs: int) -> tuple[grain.DatasetIterator, int, int]:
-        """(batches from the first step on, their number, prompts cut to the limit) for task number `index`."""
+    def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, int]:
+        return {"tokens": int(batch["length"].sum()), "examples": len(batch["length"])}
+
+    def train_data(self, task: Task, index: int, steps: int, epochs: int) -> TrainData:
         examples = task.split("train")
         limits = self.limits(task)
         records, cut = text.encode_records(
@@ -88,21 +93,26 @@ class LanguageFamily:
             seed=self.config["seed"] * 1000 + index,
             pad_id=self.tokenizer.pad_id,
         )
-        return text.pipeline(plan), len(plan), cut
+        return TrainData(text.pipeline(plan), len(plan), cut)
 
-    def gate_map(self, variables: Mapping[str, Any], task: Task, prompt: str) -> GateMap:
-        """The gates on one prompt of a task."""
-        return self._generate.gate_map(variables, prompt, self.limits(task).prompt)
+    def gate_map(self, variables: Mapping[str, Any], task: Task, examples: Sequence[Example]) -> GateMap:
+        return self._generate.gate_map(variables, examples[0].prompt, self.limits(task).prompt)
+
+    def prepare(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        return variables
 
     def predict(
-        self, variables: Mapping[str, Any], task: Task, prompts: Sequence[str], after_batch: Callable[[int], None]
+        self,
+        variables: Mapping[str, Any],
+        task: Task,
+        examples: Sequence[Example],
+        after_batch: Callable[[int], None],
     ) -> Generation:
-        """What the model answers, in text."""
         evaluation = self.config["eval"]
         limits = self.limits(task)
         return self._generate(
             variables,
-            prompts,
+            [example.prompt for example in examples],
             max_prompt_tokens=limits.prompt,
             max_new_tokens=evaluation["max_new_tokens"] or task.max_new_tokens or limits.answer,
             batch_size=evaluation["batch_size"],

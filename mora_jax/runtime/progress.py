@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from mora_jax.metrics import continual
-from mora_jax.runtime.generate import GateCounts
+from mora_jax.runtime.family import GateCounts
 
 
 @dataclasses.dataclass
@@ -26,6 +27,7 @@ class Progress:
     R: list[list[float | None]] = dataclasses.field(default_factory=list)
     gates: list[list[list | None]] = dataclasses.field(default_factory=list)  # GateCounts of every entry of R
     truncated: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # task -> split -> prompts
+    skipped: dict[str, dict[str, list[str]]] = dataclasses.field(default_factory=dict)  # sources that cannot be read
     task_seconds: list[float] = dataclasses.field(default_factory=list)
     wall_seconds: float = 0.0
     train_traces: int = 0  # the most that any process needed
@@ -37,6 +39,11 @@ class Progress:
         for matrix in (self.R, self.gates):
             matrix.extend([None] * tasks for _ in range(tasks - len(matrix)))
         self.task_seconds.extend([0.0] * (tasks - len(self.task_seconds)))
+
+    def skip(self, task: str, split: str, sources: Iterable[str]) -> None:
+        """Notes records that could not be read; a resumed run meets some of them again."""
+        splits = self.skipped.setdefault(task, {})
+        splits[split] = sorted({*splits.get(split, ()), *sources})
 
     def matrix(self) -> np.ndarray:
         """R as floats, NaN where not evaluated."""

@@ -19,7 +19,7 @@ from mora_jax.methods import bank as banks
 from mora_jax.methods.gates import ACTIVE
 from mora_jax.methods.method import Method
 from mora_jax.runtime.display import Display
-from mora_jax.runtime.generate import GateCounts, GateMap
+from mora_jax.runtime.family import GateCounts, GateMap
 from mora_jax.runtime.progress import Progress
 from mora_jax.runtime.state import count_parameters
 from mora_jax.runtime.writers import row_name, write_json, write_lines
@@ -106,6 +106,7 @@ class Results:
             "tokens_without_expert": None if none is None else round(none, 6),
             "gates": self.gate_rows(progress),
             "prompts_truncated": sum(sum(splits.values()) for splits in progress.truncated.values()),
+            "records_skipped": sum(len(names) for splits in progress.skipped.values() for names in splits.values()),
             "task_seconds": [round(s, 2) for s in progress.task_seconds],
             "wall_seconds": round(progress.wall_seconds, 2),
             "complete": complete,

@@ -14,10 +14,13 @@ from mora_jax.runtime.writers import MetricsLog
 
 
 class StepLog:
-    """Collects the metrics of dispatched steps in order and writes a row for each, in groups of `every`."""
+    """Collects the metrics of dispatched steps in order and writes a row for each, in groups of `every`.
 
-    def __init__(self, log: MetricsLog, every: int, advance: Callable[[int, str], None]):
-        self._log, self._every, self._advance = log, every, advance
+    `rate` is the count of a row by which its speed is told.
+    """
+
+    def __init__(self, log: MetricsLog, every: int, advance: Callable[[int, str], None], rate: str):
+        self._log, self._every, self._advance, self._rate = log, every, advance, rate
         self._flying: list[tuple[dict[str, Any], Mapping[str, jax.Array]]] = []
         self._rows: list[dict[str, Any]] = []
         self._last = time.monotonic()
@@ -41,9 +44,10 @@ class StepLog:
                     )
             now = time.monotonic()
             seconds, self._last = now - self._last, now
-            row |= {"seconds": round(seconds, 4), "tokens_per_second": round(row["tokens"] / seconds, 1)}
+            speed = round(row[self._rate] / seconds, 1)
+            row |= {"seconds": round(seconds, 4), f"{self._rate}_per_second": speed}
             self._rows.append(row)
-            self._advance(1, f"loss {row['loss']:.3f}  {row['tokens_per_second']:.0f} tokens/s")
+            self._advance(1, f"loss {row['loss']:.3f}  {speed:.0f} {self._rate}/s")
             if len(self._rows) >= self._every:
                 self.flush()
 

@@ -14,6 +14,7 @@ from typing import Any
 from mora_jax.errors import MoraError
 
 ZERO_SHOT_ROW = "00_zero_shot"
+SCALARS = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "examples_per_second"}  # for TensorBoard
 
 
 def row_name(index: int, tasks: Sequence[str]) -> str:
@@ -76,7 +77,7 @@ class MetricsLog:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self._board:
             for row in rows:
-                for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second"):
+                for name in SCALARS & row.keys():
                     self._board.add_scalar(f"train/{name}", row[name], row["step"])
             self._board.flush()
 
@@ -91,9 +92,10 @@ class MetricsLog:
         if not rows:
             return {"step_seconds_median": None, "tokens_per_second": None, "examples_per_second": None}
         seconds = sum(row["seconds"] for row in rows)
+        tokens = sum(row["tokens"] for row in rows) if "tokens" in rows[0] else None
         return {
             "step_seconds_median": round(statistics.median(row["seconds"] for row in rows), 4),
-            "tokens_per_second": round(sum(row["tokens"] for row in rows) / seconds, 1),
+            "tokens_per_second": tokens and round(tokens / seconds, 1),
             "examples_per_second": round(sum(row["examples"] for row in rows) / seconds, 3),
         }
 
