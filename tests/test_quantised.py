@@ -168,8 +168,8 @@ def test_mora_learns_on_a_coded_base(rng):
     tokens = jnp.asarray(rng.integers(0, 200, (2, 16)), jnp.int32)
     batch = {
         "tokens": tokens,
-        "prompt": jnp.full((8,), 9),
-        "length": jnp.full((8,), 16),
+        "prompt": jnp.full((2,), 9),
+        "length": jnp.full((2,), 16),
         "answers": jnp.arange(8)[None],
     }
 
