@@ -118,15 +118,14 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # it lies on all devices already
     if not unread and (elsewhere or sharding.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    source, read = leaf if unread else np.asarray(leaf), {}
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:  # devices that hold the same part share one reading
-        key = tuple((cut.start, cut.stop) for cut in index)
-        if key not in read:
-            read[key] = source[index]
-        return read[key]
-
-    return jax.make_array_from_callback(source.shape, sharding, part)
+    source, holders = leaf if unread else np.asarray(leaf), {}
+    for one, index in sharding.addressable_devices_indices_map(source.shape).items():
+        holders.setdefault(tuple((cut.start, cut.stop) for cut in index), (index, []))[1].append(one)
+    held = []
+    for index, devices in holders.values():  # one part after another: the host never has room for two
+        part = source[index]
+        held += jax.block_until_ready([jax.device_put(part, one) for one in devices])
+    return jax.make_array_from_single_device_arrays(source.shape, sharding, held)
 
 
 def abstract(mesh: Mesh, shapes: Any) -> Any:
