@@ -33,7 +33,7 @@ TINY = CLIPConfig(
     ),
     32,
 )
-RECIPE = Recipe(steps=60, batch_size=12, learning_rate=3e-3, warmup_steps=5)
+RECIPE = Recipe(steps=40, batch_size=12, learning_rate=3e-3, warmup_steps=5, held_out=13)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "gray": (128, 128, 128)}
 FORMS = {"bar": np.s_[6:10, :], "pole": np.s_[:, 6:10], "block": np.s_[3:13, 3:13]}
 
@@ -183,10 +183,10 @@ def test_training_teaches_retrieval(folder: Path) -> None:
     report = json.loads((folder / pretraining.REPORT_FILE).read_text())
     losses = report["losses"]
     assert len(losses) == RECIPE.steps
-    np.testing.assert_allclose(losses[0], np.log(12), atol=0.6)  # it knows nothing
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert losses[0] > np.log(12) - 0.1  # it knows nothing
+    assert np.mean(losses[-5:]) < np.log(12) - 0.3
     np.testing.assert_allclose(report["chance_percent"], 100 / 12)
-    assert report["retrieval_percent"] > 5 * report["chance_percent"]
+    assert report["retrieval_percent"] > 4 * report["chance_percent"]
     # What was kept is what was measured.
     config = clip_weights.load_config(folder)
     assert config == TINY
@@ -209,7 +209,7 @@ def test_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert pretraining.trained("tiny", TINY, TOKENIZER, RECIPE, sources, Display()) == folder
     assert capsys.readouterr().out == ""
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]  # nothing half made stays
-    for recipe, packages_used in ((Recipe(steps=61), sources), (RECIPE, ("emoji-datasource-google",))):
+    for recipe, packages_used in ((Recipe(steps=41), sources), (RECIPE, ("emoji-datasource-google",))):
         with pytest.raises(Unavailable, match="trained again"):
             pretraining.trained("tiny", TINY, TOKENIZER, recipe, packages_used, Display())
 
