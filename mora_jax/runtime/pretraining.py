@@ -45,7 +45,7 @@ class Recipe:
 
     steps: int
     batch_size: int = 64  # pictures, each with another caption
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
     held_out: int = 16  # one of so many pictures is kept for measuring retrieval
@@ -53,7 +53,7 @@ class Recipe:
     version: int = 1
 
 
-RECIPES: Mapping[str, Recipe] = {"small-clip": Recipe(steps=800)}
+RECIPES: Mapping[str, Recipe] = {"small-clip": Recipe(steps=700)}
 
 
 # --- what a picture may look like -------------------------------------------------------------------------------------
@@ -61,16 +61,15 @@ RECIPES: Mapping[str, Recipe] = {"small-clip": Recipe(steps=800)}
 
 def augment(key: Array, pictures: UInt8[Array, "b size size 4"]) -> UInt8[Array, "b size size 3"]:
     """Pictures moved, scaled and laid on a random ground; some as silhouettes, some grey."""
-    keys = jax.random.split(key, 6)
-    moved = jax.vmap(_move)(jax.random.split(keys[0], len(pictures)), _premultiplied(pictures))
-    colour, alpha = moved[..., :3], moved[..., 3:]
+    keys, n = jax.random.split(key, 4), len(pictures)
+    whole = _premultiplied(pictures)
     # A picture without transparency has no silhouette.
-    opaque = alpha.mean(axis=(1, 2, 3), keepdims=True) > 0.7
-    silhouette = _chance(keys[1], 0.15, len(pictures)) & ~opaque
-    colour = jnp.where(silhouette, alpha * _colours(keys[2], len(pictures)), colour)
-    x = colour + (1.0 - alpha) * _colours(keys[3], len(pictures))
+    silhouette = _chance(keys[0], 0.15, n) & (whole[..., 3:].mean(axis=(1, 2, 3), keepdims=True) < 0.9)
+    moved = jax.vmap(_move)(jax.random.split(keys[1], n), whole)
+    alpha, ground = moved[..., 3:], _grounds(keys[2], n)
+    x = jnp.where(silhouette, alpha * (1.0 - ground), moved[..., :3]) + (1.0 - alpha) * ground
     grey = jnp.broadcast_to(x.mean(axis=-1, keepdims=True), x.shape)
-    return _bytes(jnp.where(_chance(keys[4], 0.25, len(pictures)), grey, x))
+    return _bytes(jnp.where(_chance(keys[3], 0.25, n), grey, x))
 
 
 def on_white(pictures: UInt8[Array, "b size size 4"]) -> UInt8[Array, "b size size 3"]:
@@ -101,8 +100,8 @@ def _move(key, picture):
     return jax.image.scale_and_translate(picture, picture.shape, (0, 1), jnp.stack([scale, scale]), shift, "linear")
 
 
-def _colours(key, n):
-    """[n, 1, 1, 3]: a third each white, black and any colour."""
+def _grounds(key, n):
+    """[n, 1, 1, 3]: a third each black, white and any colour."""
     kind_key, key = jax.random.split(key)
     kind = jax.random.randint(kind_key, (n, 1, 1, 1), 0, 3)
     return jnp.where(kind == 2, jax.random.uniform(key, (n, 1, 1, 3)), kind.astype(jnp.float32))
