@@ -378,6 +378,11 @@ def run(argv: Sequence[str]) -> None:
         with hosts.together() as facts:
             facts |= configs.alike(invocation.config) | versions() | {"--workdir": str(invocation.workdir)}
             stack.enter_context(locked(invocation.workdir))
+        with hosts.together():
+            if not invocation.workdir.exists():
+                raise MoraError(
+                    f"--workdir={invocation.workdir} of process 0 is not there; all hosts must see one folder"
+                )
         try:
             Run(invocation.config, invocation.workdir, command).teach()
         except Stopped:
