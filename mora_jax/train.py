@@ -58,7 +58,8 @@ class Run:
 
         with hosts.together() as facts:
             self.load()
-            facts |= {"data": self.stream_record(), "weights": self.family.identity}
+            facts |= {f"data of task {task.name}": task.digest for task in self.tasks}
+            facts["weights"] = self.family.identity
 
         # ---------------------------------------------------------------- where it goes
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -379,6 +380,11 @@ def teach(argv: Sequence[str]) -> None:
         with hosts.together() as facts:
             facts |= configs.alike(invocation.config) | versions() | {"--workdir": str(invocation.workdir)}
             stack.enter_context(locked(invocation.workdir))
+        with hosts.together():
+            if not invocation.workdir.exists():
+                raise MoraError(
+                    f"--workdir={invocation.workdir} of process 0 is not there; all hosts must see one folder"
+                )
         Run(invocation.config, invocation.workdir, command).teach()
 
 

@@ -79,9 +79,12 @@ def load_params(file: str | Path | GGUFFile, config: DecoderConfig, dtype: Any) 
     def read(entry: Entry, index: Index) -> np.ndarray:
         tensor, heads = file.tensors[entry.name], entry.row.rotary
         # The same memory as a plain array: slicing a memmap costs more than dequantising the slice.
-        whole = gguf.quants.dequantize(tensor.data.view(np.ndarray), tensor.tensor_type)
-        return (unpermute_rotary(whole, getattr(config, heads)) if heads else whole)[index]
+        stored, (rows, *others) = tensor.data.view(np.ndarray), index
+        if heads:  # which mixes rows
+            whole = gguf.quants.dequantize(stored, tensor.tensor_type)
+            return unpermute_rotary(whole, getattr(config, heads))[index]
+        return gguf.quants.dequantize(stored[rows], tensor.tensor_type)[:, *others]
 
     # GGUF lists dimensions from the innermost outwards, numpy the other way.
     shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in file.tensors.items()}
-    return load(assemble(config, dtype, "gguf", shapes, read, file.path))  # a part costs as much as the whole tensor
+    return load(assemble(config, dtype, "gguf", shapes, read, file.path))

@@ -6,6 +6,7 @@ model never needs room for more than the parts asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Shaped
 
 READERS = 2  # tensors that are read at a time; each may be held twice, as stored and as it will be
+MAPPED = 1 << 24  # numbers of a stored tensor that are read at a time
 BLOCK = 128  # rows and columns of a transposed copy that stay in the cache
 # A nested dict of arrays, the "params" collection of a model; also of `Unread`.
 Params = dict[str, Any]
@@ -83,12 +85,20 @@ class Unread:
         if cuts:
             first = self.share * (stored[0] // len(entry.row.parts))
             cuts[0] = slice(first + cuts[0].start, first + cuts[0].stop)
-        if len(stored) > len(cuts):  # all axes but the first become one, which is cut afterwards
-            whole = (slice(0, size) for size in stored[1:])
-            tensor = self.read(entry, (cuts[0], *whole)).reshape(len(spans[-1]), -1)[:, cuts[1]]
-        else:
-            tensor = self.read(entry, tuple(cuts))
-        _copy(tensor, target, transposed=transposed)
+        if not cuts:
+            target[...] = self.read(entry, ())
+            return
+        # Where rows are cut, pages of whole rows are mapped: never many of them.
+        step = max(1, MAPPED // max(1, math.prod(stored[1:])))
+        for start in range(cuts[0].start, cuts[0].stop, step):
+            rows = slice(start, min(start + step, cuts[0].stop))
+            if len(stored) > len(cuts):  # all axes but the first become one, which is cut afterwards
+                whole = (slice(0, size) for size in stored[1:])
+                tensor = self.read(entry, (rows, *whole)).reshape(rows.stop - rows.start, -1)[:, cuts[1]]
+            else:
+                tensor = self.read(entry, (rows, *cuts[1:]))
+            into = slice(rows.start - cuts[0].start, rows.stop - cuts[0].start)
+            _copy(tensor, target[:, into] if transposed else target[into], transposed=transposed)
 
 
 def unread(wanted: Sequence[Entry], sizes: Mapping[str, tuple[int, ...]], dtype: Any, read: Read) -> Params:

@@ -74,6 +74,7 @@ class ClipFamily:
         self, model: ClipModel, method: Method, config: Mapping[str, Any], mesh: Mesh, tasks: Sequence[PictureTask]
     ):
         self.config, self.mesh, self.identity = config, mesh, model.identity
+        method = method.portable if mesh.size > 1 else method
         self.clip = CLIP(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
         self.params = place(mesh, model.params)
         self.sizes, self._tokenizer = model.config, model.tokenizer

@@ -104,11 +104,12 @@ def start(cluster: Cluster | None) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
     def give_up() -> None:
-        _end(
-            f"the {cluster.processes or 'other'} processes have not met within {CONNECT_SECONDS} s at {cluster.place}; "
-            "start all of them, and check that every host reaches that address",
-            2,
+        print(
+            f"error: the {cluster.processes or 'other'} processes have not met within {CONNECT_SECONDS} s at "
+            f"{cluster.place}; start all of them, and check that every host reaches that address",
+            file=sys.stderr,
         )
+        _end(2)
 
     watch = threading.Timer(CONNECT_SECONDS, give_up)
     watch.daemon = True
@@ -207,19 +208,15 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         code = 3
     if several():
         if code:
-            _end(None, code)
+            if first():  # the coordination service goes with this process, and then the others abort in mid-sentence
+                time.sleep(1)
+            _end(code)
         jax.distributed.shutdown()
     return code
 
 
-def _end(message: str | None, code: int) -> None:
+def _end(code: int) -> None:
     """Ends this process without waiting for others, as the usual way out would."""
-    if message:
-        print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if several() and first():
-        time.sleep(
-            1
-        )  # the coordination service goes with this process, and without it the others abort in mid-sentence
     os._exit(code)

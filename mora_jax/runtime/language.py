@@ -19,7 +19,7 @@ from mora_jax.methods.method import Method
 from mora_jax.models.decoder import Decoder, causal_mask
 from mora_jax.models.registry import DTYPES, LanguageModel
 from mora_jax.runtime.decoding import DECODING
-from mora_jax.runtime.distributed import place
+from mora_jax.runtime.distributed import ROW_AXES, place
 from mora_jax.runtime.family import GateMap, TrainData
 from mora_jax.runtime.generate import Generation, Generator
 
@@ -58,7 +58,7 @@ class LanguageFamily:
     def __init__(self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh):
         self.config, self.mesh, self.tokenizer = config, mesh, model.tokenizer
         self.identity = model.identity
-        rows = NamedSharding(mesh, P(("data", "fsdp"), None, None))
+        rows = NamedSharding(mesh, P(ROW_AXES, None, None))
         self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"], rows)
         self.params = place(mesh, model.params)
         self._generate = Generator(self.decoder, model.tokenizer, mesh, DECODING[config["eval"]["decoding"]])
