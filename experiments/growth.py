@@ -1,4 +1,4 @@
-"""What a train step needs as the bank grows with the tasks, and as pod and batch grow: from compiled programs.
+"""What a train step needs as the bank grows, as pod and batch grow, and where it fits: from compiled programs.
 
 Command    python experiments/growth.py [--only SUBSTRING]
 Result     experiments/results/growth.json and growth.png
@@ -37,9 +37,22 @@ RESULT = ROOT / "experiments" / "results" / "growth.json"
 TASKS, RANKS = (1, 15, 50, 100), (8, 16)
 COLORS = ("#1b6ca8", "#c8553d")
 # Two rows of 1024 + 512 tokens on each chip; bank rows are not rounded up, so that the curve is the method's own.
-COMMON = {"model.dtype": "bfloat16", "model.remat": "full", "mesh.data": "1", "mesh.fsdp": "-1",
-          "method.capacity_bucket": "8"}  # fmt: skip
+COMMON = {
+    "model.name": "llama2-7b",
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
+    "mesh.data": "1",
+    "mesh.fsdp": "-1",
+    "method.capacity_bucket": "8",
+}
 PODS = {"llama2-7b": ("v5e:4x4", 32), "llama3-70b": ("v5p:4x4x4", 128)}
+# Llama-2-7B with the 64 experts per site of eight tasks.
+PLANS = {
+    **{f"v5e:1x1 {name}": {"model.quantise": name, "train.batch_size": "1"} for name in ("none", "int8", "nf4")},
+    "v5p:2x2x2": {"train.batch_size": "32"},
+    "h100:4x8": {"train.batch_size": "32"},
+    "v5p:8x8x8": {"train.batch_size": "512", "mesh.data": "8"},
+}
 CHIPS = {"v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
 
 
@@ -56,9 +69,12 @@ def points() -> dict[str, dict[str, Any]]:
                     found[f"compiled {model} r{rank} {tasks} tasks"] = point | {"kind": "compiled"}
     for pod, chips in CHIPS.items():
         size = {"mesh.data": str(chips // 16), "mesh.fsdp": "16", "train.batch_size": str(2 * chips)}
-        overrides = COMMON | size | {"model.name": "llama2-7b", "method.rank": "8"}
+        overrides = COMMON | size | {"method.rank": "8"}
         point = {"model": "llama2-7b", "rank": 8, "tasks": 15, "topology": pod, "overrides": overrides}
         found[f"weak {chips} chips"] = point | {"kind": "compiled"}
+    for pod, overrides in PLANS.items():
+        point = {"model": "llama2-7b", "rank": 8, "tasks": 8, "topology": pod.partition(" ")[0]}
+        found[f"plan {pod}"] = point | {"overrides": COMMON | overrides, "kind": "compiled"}
     return dict(sorted(found.items(), key=lambda pair: pair[1]["kind"] == "compiled"))
 
 

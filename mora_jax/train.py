@@ -30,6 +30,7 @@ from mora_jax.methods import boundaries
 from mora_jax.methods.method import from_config
 from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS, metric
+from mora_jax.models import quantised
 from mora_jax.models.registry import MODELS
 from mora_jax.planning import report as plans
 from mora_jax.planning import topologies
@@ -73,7 +74,7 @@ class Run:
             self.tasks,
             self.method,
             self.sites,
-            frozen_parameters=count_parameters(self.family.params),
+            frozen_parameters=count_parameters(quantised.plain(self.family.params)),
             fingerprint=configs.digest({"config": self.fingerprint, "stream": self.stream_record()}),
             command=command,
             workdir=workdir,
@@ -385,6 +386,11 @@ def teach(argv: Sequence[str]) -> None:
         with hosts.together() as facts:
             facts |= configs.alike(invocation.config) | versions() | {"--workdir": str(invocation.workdir)}
             stack.enter_context(locked(invocation.workdir))
+        with hosts.together():
+            if not invocation.workdir.exists():
+                raise MoraError(
+                    f"--workdir={invocation.workdir} of process 0 is not there; all hosts must see one folder"
+                )
         Run(invocation.config, invocation.workdir, command).teach()
 
 

@@ -278,12 +278,36 @@ def test_a_checkpoint_of_two_processes_has_the_same_bits_on_another_mesh(sizes, 
         assert np.asarray(leaf).tobytes() == expected.tobytes(), path
 
 
+def test_a_checkpoint_without_one_of_its_shards_is_refused_in_one_line(stopped, tmp_path):
+    workdir = Path(shutil.copytree(stopped[0], tmp_path / "copy"))
+    *earlier, newest = checkpoints(workdir)
+    for name in earlier:
+        shutil.rmtree(workdir / "checkpoints" / name)
+    of_second = [
+        path for path in (workdir / "checkpoints" / newest).rglob("*") if path.is_file() and "process_1" in str(path)
+    ]
+    max(of_second, key=lambda path: path.stat().st_size).unlink()
+    with pytest.raises(MoraError, match=f"damaged .*{newest}: .*process_1.* is missing"):
+        Checkpoints(workdir, keep=1).restore(lambda meta: {})
+
+
 def test_eight_devices_go_on_where_two_processes_stopped_as_one_device_would(stopped, one_device, folder, environment):
     workdir = stopped[0]
     (run,) = all_ended([start(command(folder, "pair"), environment, 8)])
     assert run.code == 0, run.err
     assert "resumed from" in run.out
     assert_same_stream(workdir, one_device, 1e-5, 1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_was_taught_as_one_does(one_device, tmp_path, environment):
+    place, outputs = address(), [tmp_path / "pair.json", tmp_path / "one.json"]
+    binary = [sys.executable, "-m", "mora_jax.evaluate", f"--workdir={one_device}"]
+    pair = [start([*binary, f"--output={outputs[0]}", *of_pair(i, place)], environment, 4) for i in range(2)]
+    for run in all_ended([*pair, start([*binary, f"--output={outputs[1]}"], environment)]):
+        assert run.code == 0, run.err
+    found, expected = (json.loads(path.read_text())["rows"] for path in outputs)
+    assert found == expected
 
 
 def losses(workdir: Path) -> np.ndarray:

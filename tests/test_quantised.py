@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_clip
 from flax.traverse_util import flatten_dict, unflatten_dict
 from launching import CONFIG, Ended, assert_refused, results
 from tiny_decoder import TINY, our_logits, random_params
@@ -22,6 +23,7 @@ from mora_jax.adapter import from_workdir
 from mora_jax.methods import bank as banks
 from mora_jax.methods.method import from_config
 from mora_jax.models import hf, quantised
+from mora_jax.models.clip import CLIP
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.registry import load_model
 from mora_jax.models.unread import load
@@ -105,6 +107,18 @@ def test_logits_stay_close_and_are_those_of_the_decoded_model(name, most, rng):
     assert 0 < np.sqrt(np.mean((found - plain) ** 2)) < most * np.std(plain)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_clip_is_coded_too(name):
+    params = tiny_clip.random_params(tiny_clip.TINY)
+    batch = tiny_clip.inputs(tiny_clip.TINY)
+    coded = quantised.coded(params, name)
+    assert {"vision/layers/mlp/up/kernel_scale", "text/layers/attn/q/kernel_scale"} <= flatten_dict(
+        coded, sep="/"
+    ).keys()
+    found, decoded = (tiny_clip.forward(CLIP(tiny_clip.TINY), p, *batch) for p in (coded, with_decoded(coded)))
+    np.testing.assert_allclose(found, decoded, atol=1e-4)
+
+
 def test_only_dense_kernels_of_layers_are_coded():
     coded = quantised.coded(random_params(TINY), "nf4")
     flat = flatten_dict(coded, sep="/")
@@ -113,6 +127,8 @@ def test_only_dense_kernels_of_layers_are_coded():
         f"layers/{site}/kernel" for site in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
     }
     assert all(kind == jnp.float32 for path, kind in kinds.items() if kind != jnp.uint4)
+    plain = quantised.plain(coded)
+    assert jax.tree.map(lambda a: a.shape, plain) == jax.tree.map(lambda a: a.shape, random_params(TINY))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,7 +200,9 @@ def test_mora_learns_on_a_coded_base(rng):
 
 def test_a_run_on_a_coded_base_says_so_wherever_it_goes(smoke, main: Callable[..., Ended], tmp_path: Path):
     coded = smoke("smoke,benchmark=folder,method=inc_lora", benchmark__tasks="colours", model__quantise="int8")
-    assert main(*coded).code == 0
+    run = main(*coded)
+    assert run.code == 0, run
+    assert "dense kernels int8), 26,848 frozen parameters" in run.out
     workdir = tmp_path / "w"
     assert results(workdir)["config"]["model"]["quantise"] == "int8"
     meta, arrays = Checkpoints(workdir, 1).read()

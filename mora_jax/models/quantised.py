@@ -173,6 +173,16 @@ def coded(params: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return unflatten_dict(flat, sep="/")
 
 
+def plain(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Shapes of the parameters that coded ones stand for."""
+    flat = flatten_dict(params, sep="/")
+    scales = {f"{path}_scale" for path in flat} & flat.keys()
+    return unflatten_dict(
+        {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in flat.items() if path not in scales},
+        sep="/",
+    )
+
+
 def bits(dtype: Any) -> int:
     """Of one number on a device; numpy keeps a 4-bit number in a byte."""
     dtype = np.dtype(dtype)

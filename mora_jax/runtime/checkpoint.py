@@ -151,7 +151,7 @@ class Checkpoints:
             if damage is None:
                 return folder, json.loads((folder / "meta.json").read_text())
             print(f"checkpoint {folder.name} is damaged and passed over: {damage}", file=sys.stderr, flush=True)
-            damaged.append(folder.name)
+            damaged.append(f"{folder.name}: {damage}")
         if damaged:
             raise MoraError(
                 f"every checkpoint in {self.folder} is damaged ({', '.join(damaged)}); use another --workdir"

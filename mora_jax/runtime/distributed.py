@@ -113,19 +113,26 @@ def place(mesh: Mesh, tree: Any) -> Any:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """A leaf on the devices; of one that is still in a file each process reads what its own devices hold."""
-    unread = isinstance(leaf, Unread)
+    """A leaf on the devices; of those of other processes each process cares for its own."""
+    if isinstance(leaf, Unread):
+        return _read(leaf, sharding)
     elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # it lies on all devices already
-    if not unread and (elsewhere or sharding.is_fully_addressable):
+    if elsewhere or sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    source, holders = leaf if unread else np.asarray(leaf), {}
-    for one, index in sharding.addressable_devices_indices_map(source.shape).items():
-        holders.setdefault(tuple((cut.start, cut.stop) for cut in index), (index, []))[1].append(one)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _read(leaf: Unread, sharding: NamedSharding) -> jax.Array:
+    """Reads what the devices of this process hold, each part once and one after another: the host has room for one."""
+    holders: dict[tuple, tuple[tuple[slice, ...], list]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(tuple((cut.start, cut.stop) for cut in index), (index, []))[1].append(device)
     held = []
-    for index, devices in holders.values():  # one part after another: the host never has room for two
-        part = source[index]
-        held += jax.block_until_ready([jax.device_put(part, one) for one in devices])
-    return jax.make_array_from_single_device_arrays(source.shape, sharding, held)
+    for index, devices in holders.values():
+        part = leaf[index]
+        held += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, held)
 
 
 def abstract(mesh: Mesh, shapes: Any) -> Any:

@@ -76,10 +76,12 @@ class Results:
         last = len(self.names) - 1
         full = jax.eval_shape(lambda: banks.empty(self.sites, m.capacity(last))) if m.trains else {}
         experts = f"{m.rank if m.trains else 0} experts at {facts['sites']} sites"
+        model = c["model"]
+        kept = model["dtype"] + ("" if model["quantise"] == "none" else f", dense kernels {model['quantise']}")
         variants = ", ".join(filter(None, dict.fromkeys(facts["variant"])))
         self.display.facts("this run", {
             "benchmark": f"{facts['benchmark']}{variants and f' ({variants})'}: {' -> '.join(self.names)}",
-            "model": f"{facts['model']} ({c['model']['dtype']}), {self.frozen_parameters:,} frozen parameters",
+            "model": f"{facts['model']} ({kept}), {self.frozen_parameters:,} frozen parameters",
             "method": facts["method"],
             "trainable": f"{facts['trainable_parameters']:,} parameters per task: {experts}",
             "bank": f"{count_parameters(full):,} parameters when full: up to {m.live_after(last)} experts per site",
