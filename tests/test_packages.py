@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from mora_jax.data import archives, packages, registries
+from mora_jax.data import packages, packed, registries
 from mora_jax.data.registries import Package, Unavailable
 from mora_jax.errors import MoraError
 
@@ -314,18 +314,18 @@ def wheel(path: Path) -> None:
 def test_archives(tmp_path: Path, suffix: str, write: Any) -> None:
     path = tmp_path / f"x{suffix}"
     write(path)
-    assert archives.names(path) == tuple(FILES)
-    found = archives.read(path, lambda name: name.startswith("usr/share"))
+    assert packed.names(path) == tuple(FILES)
+    found = packed.read(path, lambda name: name.startswith("usr/share"))
     assert {name: data for name, data in found.items() if not name.endswith("/")} == FILES
     assert list(found) == sorted(found)
-    assert archives.read(path, lambda name: name == "usr/share/a.txt") == {"usr/share/a.txt": b"a"}
+    assert packed.read(path, lambda name: name == "usr/share/a.txt") == {"usr/share/a.txt": b"a"}
 
 
 @pytest.mark.parametrize("content", [b"not ar", b"!<arch>\n"])
 def test_no_debian_package(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.deb").write_bytes(content)
     with pytest.raises(MoraError, match=r"x\.deb: (not a Debian package|a Debian package without data)"):
-        archives.names(tmp_path / "x.deb")
+        packed.names(tmp_path / "x.deb")
 
 
 def test_cache_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
