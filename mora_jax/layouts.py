@@ -84,6 +84,8 @@ def _layers(adapter: Adapter, frozen: tuple[str, str], fresh: tuple[str, str] | 
     """A and B of every layer by name; the block of the last task under the names `fresh`, if those are given."""
     tensors = {}
     cut = adapter.span(len(adapter.tasks) - 1)[0] if fresh else adapter.experts
+    if unnamed := adapter.rows.keys() - MODULES.keys():
+        raise MoraError(f"this layout has no name for the site {'/'.join(min(unnamed))}; use --layout=mora")
     for path, site in adapter.rows.items():
         for layer, (keys, values) in enumerate(zip(site["keys"], site["values"], strict=True)):
             module = prefix + MODULES[path].format(layer=layer)

@@ -37,7 +37,7 @@ from mora_jax.reporting import page
 from mora_jax.runtime import distributed, hosts
 from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.display import Display
-from mora_jax.runtime.family import GateCounts, TrainData
+from mora_jax.runtime.family import GateCounts, GateMap, TrainData
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.progress import Progress, Stopped, StopSignals
 from mora_jax.runtime.results import Results, versions
@@ -297,12 +297,19 @@ class Run:
         self.save("evaluated")
 
     def map_gates(self) -> None:
-        """Once, with the whole bank: the gates on the first evaluated record of every task."""
+        """Once: the gates on the first evaluated record of every task, with the whole bank and as the task left it."""
         if not self.method.has_gates or hosts.gathered(self.results.gate_map_path.exists())[0]:
             return
-        variables = {"params": self.family.params, "bank": self.bank}
-        maps = [self.family.gate_map(variables, task, task.split(self.config.eval.split)) for task in self.tasks]
-        self.results.write_gate_maps(dict(zip(self.names, maps, strict=True)))
+
+        def gate_map(task: int, bank: Any) -> GateMap:
+            records = self.tasks[task].split(self.config.eval.split)
+            return self.family.gate_map({"params": self.family.params, "bank": bank}, self.tasks[task], records)
+
+        every = range(len(self.tasks))
+        earlier = every[:-1] if boundaries.BOUNDARIES[self.method.boundary].lasting else every[:0]
+        as_left = {i: banks.as_of(self.bank, self.method.live_after(i)) for i in earlier}
+        before = {i: gate_map(i, distributed.place(self.mesh, bank)) for i, bank in as_left.items()}
+        self.results.write_gate_maps([gate_map(i, self.bank) for i in every], before)
 
     # -------------------------------------------------------------------- the stream
 

@@ -49,7 +49,16 @@ RESULT_KEYS = {
     *("benchmark", "tasks", "metric", "R", "zero_shot", "baselines", "summary", "method", "model", "seed", "config"),
     *("fingerprint", "versions", "trainable_parameters", "experts_per_site", "sites", "train_traces"),
     *("step_seconds_median", "tokens_per_second", "examples_per_second", "active_experts_mean"),
-    *("tokens_without_expert", "gates", "prompts_truncated", "eval_examples", "task_seconds", "wall_seconds", "device"),
+    *(
+        "tokens_without_expert",
+        "gates",
+        "prompts_truncated",
+        "records_skipped",
+        "eval_examples",
+        "task_seconds",
+        "wall_seconds",
+        "device",
+    ),
     *("command", "complete"),
 }
 SUMMARY_KEYS = {
@@ -57,7 +66,7 @@ SUMMARY_KEYS = {
     *("backward_transfer", "backward_transfer_clipped", "forgetting"),
 }
 TIMINGS = {"step_seconds_median", "tokens_per_second", "examples_per_second", "task_seconds", "wall_seconds"}
-ROW_TIMINGS = {"seconds", "tokens_per_second", "compiled"}
+ROW_TIMINGS = {"seconds", "tokens_per_second", "examples_per_second", "compiled"}
 
 
 # --- running the binary -----------------------------------------------------------------------------------------------
@@ -70,12 +79,12 @@ class World:
     folder: Path
     data: Path
     environment: Mapping[str, str]
+    config: str = "configs/llm_cl.py:smoke,benchmark=folder"
 
-    def command(self, workdir: Path, options: Mapping[str, object], arg: str = "smoke,benchmark=folder") -> list[str]:
+    def command(self, workdir: Path, options: Mapping[str, object]) -> list[str]:
         values = {"benchmark.root": self.data, **OPTIONS, **options}
         overrides = [f"--config.{key}={value}" for key, value in values.items()]
-        config = f"--config=configs/llm_cl.py:{arg}"
-        return [sys.executable, "-m", "mora_jax.train", config, f"--workdir={workdir}", *overrides]
+        return [sys.executable, "-m", "mora_jax.train", f"--config={self.config}", f"--workdir={workdir}", *overrides]
 
     def start(self, workdir: Path, **options: object) -> subprocess.Popen[str]:
         return self.popen(self.command(workdir, dotted(options)))

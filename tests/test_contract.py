@@ -25,59 +25,126 @@ from mora_jax.methods import boundaries
 from mora_jax.methods.method import Method, from_config
 from mora_jax.methods.presets import PRESETS
 from mora_jax.models.decoder import REMAT, Decoder, causal_mask
-from mora_jax.models.registry import LanguageModel, load_model
+from mora_jax.models.registry import load_model
 from mora_jax.runtime.checkpoint import Checkpoints
+from mora_jax.runtime.contrastive import ClipFamily
 from mora_jax.runtime.distributed import AXES, abstract, place, place_batch
-from mora_jax.runtime.language import LanguageFamily, answer_loss
+from mora_jax.runtime.family import Family
+from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import Loss, TrainStep
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "llm_cl.py"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TAUGHT = [name for name, axes in PRESETS.items() if axes["experts"] != "none"]
 # Unoptimised code compiles twice as fast.
 FAST = {"xla_backend_optimization_level": "0"}
-TASKS, STEPS, ROWS, LENGTH = 3, 2, 4, 16
+TASKS, STEPS, ROWS, LENGTH, CLASSES = 3, 2, 4, 16, 3
+
+
+# ---------------------------------------------------------------- the model families
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """The tiny model of a family: its config, its family on a mesh, the sites that it adapts here, and what goes in.
+
+    batch(family, rng) is a batch for the loss. model(family) is the module, and forward(module, variables, batch) what
+    it makes of a batch, [rows, ...].
+    """
+
+    config: str
+    overrides: dict[str, str]
+    family: Callable[..., Family]
+    sites: set[str]
+    batch: Callable[[Any, np.random.Generator], dict[str, np.ndarray]]
+    model: Callable[[Any], Any]
+    forward: Callable[[Any, Any, dict[str, Any]], jax.Array]
+
+
+def random_text(family: LanguageFamily, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random tokens; every row has another prompt and another length."""
+    prompt = rng.integers(2, 8, ROWS).astype(np.int32)
+    tokens = rng.integers(0, family.decoder.config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    length = np.minimum(prompt + rng.integers(1, 9, ROWS), LENGTH).astype(np.int32)
+    return {"tokens": tokens, "prompt": prompt, "length": length, "answers": np.arange(8, dtype=np.int32)[None]}
+
+
+def random_pictures(family: ClipFamily, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random pictures and texts; the last class is padding."""
+    text, side = family.sizes.text, family.sizes.vision.image_size
+    texts = rng.integers(0, text.eos_id, (CLASSES + 1, LENGTH)).astype(np.int32)
+    texts[np.arange(CLASSES + 1), rng.integers(4, LENGTH, CLASSES + 1)] = text.eos_id
+    return {
+        "pictures": rng.integers(0, 256, (ROWS, side, side, 3)).astype(np.uint8),
+        "labels": rng.integers(0, CLASSES, ROWS).astype(np.int32),
+        "texts": texts,
+        "classes": np.array([CLASSES], np.int32),
+    }
+
+
+def hidden_states(decoder: Decoder, variables: Any, batch: dict[str, Any]) -> jax.Array:
+    tokens = batch["tokens"]
+    positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], tokens.shape)
+    return decoder.apply(variables, tokens, positions, causal_mask(LENGTH))[0]
+
+
+FAMILIES = {
+    "decoder": Tiny(
+        "llm_cl.py:smoke",
+        {},
+        LanguageFamily,
+        {"attn/q", "attn/k", "attn/v", "attn/o"},
+        random_text,
+        lambda family: family.decoder,
+        hidden_states,
+    ),
+    "clip": Tiny(
+        "clip_cl.py:smoke",
+        {"method.targets": "vision/attn/o,.*/mlp/up", "method.rank": "8"},  # fewer sites compile faster
+        lambda *arguments: ClipFamily(*arguments, tasks=()),
+        {"vision/attn/o", "vision/mlp/up", "text/mlp/up"},
+        random_pictures,
+        lambda family: family.clip,
+        lambda clip, variables, batch: clip.apply(variables, batch["pictures"], batch["texts"]),
+    ),
+}
 
 
 @functools.cache
-def tiny(dtype: str) -> LanguageModel:
-    return load_model({"name": "tiny", "weights": "", "dtype": dtype}, 0)
+def loaded(name: str, dtype: str) -> Any:
+    return load_model({"name": name, "weights": "", "dtype": dtype}, 0)
 
 
 @dataclasses.dataclass
 class Bench:
-    """A preset on the tiny language model, as `train.py` builds it; k is small, because its rounds are compiled."""
+    """A preset on the tiny model of a family, as `train.py` builds it; k is small, because its rounds are compiled."""
 
+    tiny: Tiny
     method: Method
     config: Any
-    family: LanguageFamily
+    family: Any
     sites: banks.Sites
     mesh: Mesh
     apply: Callable
 
     @classmethod
     @functools.cache
-    def of(cls, name: str, dtype: str = "float32") -> Bench:
-        config = configs.load(f"{CONFIG}:smoke,method={name}", {"model.dtype": dtype, "method.top_k": "2"})
+    def of(cls, name: str, kind: str = "decoder", dtype: str = "float32") -> Bench:
+        tiny = FAMILIES[kind]
+        overrides = {"model.dtype": dtype, "method.top_k": "2", **tiny.overrides}
+        config = configs.load(f"{CONFIGS}/{tiny.config},method={name}", overrides)
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
         method = from_config(config.method, config.kernel)
-        family = LanguageFamily(tiny(dtype), method, config, mesh)
+        family = tiny.family(loaded(config.model.name, dtype), method, config, mesh)
         sites = banks.find_sites(family.params, family.site_kinds, method)
         # Without the threshold, which acts where no fresh experts are.
-        apply = jax.jit(
-            family.decoder.clone(method=dataclasses.replace(method, threshold=0.0)).apply, compiler_options=FAST
-        )
-        return cls(method, config, family, sites, mesh, apply)
+        model = tiny.model(family).clone(method=dataclasses.replace(method, threshold=0.0))
+        apply = jax.jit(functools.partial(tiny.forward, model), compiler_options=FAST)
+        return cls(tiny, method, config, family, sites, mesh, apply)
 
     def batch(self, seed: int) -> dict[str, Any]:
-        """Random tokens; every row has another prompt and another length."""
-        rng = np.random.default_rng(seed)
-        prompt = rng.integers(2, 8, ROWS).astype(np.int32)
-        tokens = rng.integers(0, self.family.decoder.config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
-        length = np.minimum(prompt + rng.integers(1, 9, ROWS), LENGTH).astype(np.int32)
-        rows = {"tokens": tokens, "prompt": prompt, "length": length, "answers": np.arange(8, dtype=np.int32)[None]}
-        return place_batch(self.mesh, rows)
+        return place_batch(self.mesh, self.tiny.batch(self.family, np.random.default_rng(seed)))
 
     def first_task(self, fewer_sites: bool = False) -> tuple[Any, Any]:
         """An empty bank and the fresh experts of task 0; fewer sites compile faster."""
@@ -85,11 +152,17 @@ class Bench:
         return boundaries.append(self.method, sites, banks.empty(sites, self.method.capacity(0)), self.config.seed, 0)
 
     def hidden(self, **collections: Any) -> np.ndarray:
-        """Hidden states with these collections beside the parameters."""
-        tokens = self.batch(99)["tokens"]
-        positions = np.broadcast_to(np.arange(LENGTH)[None], tokens.shape)
-        variables = {"params": self.family.params, **collections}
-        return np.asarray(self.apply(variables, tokens, positions, causal_mask(LENGTH))[0])
+        """What the model makes of a batch with these collections beside the parameters."""
+        return np.asarray(self.apply({"params": self.family.params, **collections}, self.batch(99)))
+
+
+def hidden_dtype(b: Bench, variables: Any) -> Any:
+    """Of what leaves the adapted layers: points of CLIP are float32 whatever they are made of."""
+    batch = b.batch(0)
+    if b.tiny is FAMILIES["decoder"]:
+        return jax.eval_shape(hidden_states, b.family.decoder, variables, batch).dtype
+    encode = functools.partial(b.family.clip.apply, method=lambda clip, pictures: clip.vision(pictures))
+    return jax.eval_shape(encode, variables, batch["pictures"]).dtype
 
 
 def train_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: str, rate: float) -> TrainStep:
@@ -111,17 +184,18 @@ def same(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.fixture(scope="module", params=TAUGHT)
+@pytest.fixture(scope="module", params=[(name, kind) for kind in FAMILIES for name in TAUGHT], ids="-".join)
 def bench(request) -> Bench:
-    return Bench.of(request.param)
+    return Bench.of(*request.param)
 
 
 # ---------------------------------------------------------------- the frozen model
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", PRESETS)
-def test_an_empty_bank_is_the_frozen_model_exactly(name):
-    b = Bench.of(name)
+def test_an_empty_bank_is_the_frozen_model_exactly(name, kind):
+    b = Bench.of(name, kind)
     frozen = b.hidden()
     bank = banks.empty(b.sites, b.method.capacity(0))
     np.testing.assert_array_equal(b.hidden(bank=bank), frozen)
@@ -130,8 +204,9 @@ def test_an_empty_bank_is_the_frozen_model_exactly(name):
         np.testing.assert_array_equal(b.hidden(bank=bank, fresh=fresh), frozen)
 
 
-def test_zero_shot_has_nothing_to_train():
-    b = Bench.of("zero_shot")
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_zero_shot_has_nothing_to_train(kind):
+    b = Bench.of("zero_shot", kind)
     assert b.sites == {}
     assert not b.method.trains
     assert count_parameters(banks.new_fresh(b.sites, b.method, 0, 0)) == 0
@@ -140,7 +215,7 @@ def test_zero_shot_has_nothing_to_train():
 
 def test_every_adapted_site_gets_its_block_in_every_layer(bench):
     fresh = banks.new_fresh(bench.sites, bench.method, 0, 0)
-    assert {"/".join(path[1:]) for path in bench.sites} == {"attn/q", "attn/k", "attn/v", "attn/o"}
+    assert {bench.family.site_kinds[path] for path in bench.sites} == bench.tiny.sites
     sizes = [site.layers * bench.method.rank * (site.d_in + site.d_out) for site in bench.sites.values()]
     assert count_parameters(fresh) == sum(sizes)
 
@@ -255,6 +330,7 @@ def test_a_checkpoint_gives_back_every_bit(bench, tmp_path):
 
 
 def test_what_the_backward_pass_recomputes_changes_no_number():
+    """Of CLIP: test_clip.py."""
     b = Bench.of("mora")
     bank, fresh = b.first_task(fewer_sites=True)
     fresh = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.shape[-1]), a.shape), fresh)
@@ -262,10 +338,12 @@ def test_what_the_backward_pass_recomputes_changes_no_number():
     fresh = jax.tree.map(lambda a: -0.7 * a, fresh)
     found = {}
     for remat in REMAT:
-        decoder = Decoder(b.family.decoder.config, b.method, jnp.float32, remat)
+        config = b.config.copy_and_resolve_references()
+        config.model.remat = remat
+        family = b.tiny.family(loaded(config.model.name, "float32"), b.method, config, b.mesh)
 
-        def loss(fresh, decoder=decoder):
-            return answer_loss(decoder, {"params": b.family.params, "bank": bank, "fresh": fresh}, batch)
+        def loss(fresh, family=family):
+            return family.loss({"params": b.family.params, "bank": bank, "fresh": fresh}, batch)
 
         found[remat] = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)(fresh)
     assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(found["none"][1])) > 1e-3
@@ -286,7 +364,7 @@ def test_the_loss_counts_answer_tokens_only():
 
     tokens, params = rows["tokens"], {"params": b.family.params}
     positions = np.broadcast_to(np.arange(12)[None], (2, 12))
-    hidden, _ = b.apply(params, tokens, positions, causal_mask(12))
+    hidden, _ = b.family.decoder.apply(params, tokens, positions, causal_mask(12))
     logits = np.asarray(b.family.decoder.apply(params, hidden, method=Decoder.logits), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     by_hand = [log_p[r, i - 1, tokens[r, i]] for r, (p, n) in enumerate(((4, 7), (5, 9))) for i in range(p, n)]
@@ -299,14 +377,13 @@ def test_the_loss_counts_answer_tokens_only():
     assert loss(rows | {"tokens": after}) != whole
 
 
-def test_a_bfloat16_model_trains_float32_experts():
-    b = Bench.of("mora", "bfloat16")
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_bfloat16_model_trains_float32_experts(kind):
+    b = Bench.of("mora", kind, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(b.family.params)} == {jnp.dtype(jnp.bfloat16)}
     bank, fresh = b.first_task(fewer_sites=True)
-    tokens, mask = b.batch(0)["tokens"], causal_mask(LENGTH)
     variables = {"params": b.family.params, "bank": bank, "fresh": fresh}
-    hidden, _ = jax.eval_shape(b.family.decoder.apply, variables, tokens, tokens, mask)
-    assert hidden.dtype == jnp.bfloat16
+    assert hidden_dtype(b, variables) == jnp.bfloat16
     optimizer = make_optimizer(b.config.train)
     step = train_step(b.family.loss, optimizer, "constant", 1e-2)
     state, losses = place(b.mesh, TrainState.create(fresh, optimizer)), []

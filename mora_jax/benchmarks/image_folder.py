@@ -37,11 +37,14 @@ def task_names(root: str) -> tuple[str, ...]:
     return names
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> tuple[str, ...]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise MoraError(f"{path}: not UTF-8 at byte {error.start}") from None
+    if not any(lines):
+        raise MoraError(f"{path} is empty; fill or remove it")
+    return tuple(filter(None, lines))
 
 
 def _class_names(task: Path, classes: list[str]) -> dict[str, str]:
@@ -75,9 +78,8 @@ def _pictures(task: Path, split: str, names: dict[str, str]) -> tuple[Picture, .
         files = _entries(folder, False)
         if not files:
             raise MoraError(f"class folder {task.name}/{split}/{folder.name} is empty; half prepared?")
-        found += [
-            Picture(f"{task.name}/{split}/{folder.name}/{f.name}", names[folder.name], f.read_bytes) for f in files
-        ]
+        source, name = f"{task.name}/{split}/{folder.name}", names[folder.name]
+        found += [Picture(f"{source}/{file.name}", name, file.read_bytes) for file in files]
     if not found:
         raise MoraError(f"{task.name}/{split} holds no class folder; legal: {LAYOUT}")
     return tuple(found)
@@ -95,7 +97,7 @@ def load_task(name: str, root: str, *, split_seed: int, metric: str | None) -> P
     classes = [folder.name for folder in _entries(task / "train", True)]
     names = _class_names(task, classes)
     splits = {split: _pictures(task, split, names) for split in SPLITS if (task / split).is_dir()}
-    templates = {"templates": tuple(_lines(task / TEMPLATES))} if (task / TEMPLATES).is_file() else {}
+    templates = {"templates": _lines(task / TEMPLATES)} if (task / TEMPLATES).is_file() else {}
     return PictureTask(
         name=name, metric=metric or DEFAULT_METRIC, splits=splits, classes=tuple(names.values()), **templates
     )

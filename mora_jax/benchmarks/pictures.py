@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mora_jax.benchmarks.stream import Task
@@ -21,7 +21,7 @@ class Picture:
 
     source: str
     answer: str
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] = field(compare=False)
 
     @property
     def prompt(self) -> str:

@@ -87,6 +87,13 @@ def pixels(data: bytes, size: int, source: object) -> UInt8[np.ndarray, "size si
     return centre_square(decode(data, source), size, source)
 
 
+def png(values: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """The pixels as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def normalise(
     values: UInt8[Pixels, "*batch height width 3"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Pixels, "*batch height width 3"]:

@@ -56,7 +56,7 @@ class Reader:
             known = source in self.skipped
             self.skipped.add(source)
             count = len(self.skipped)
-        told = str(problem) if source in str(problem) else f"{source}: {problem}"
+        told = str(problem) if str(problem).startswith(source) else f"{source}: {problem}"
         if count > MOST_SKIPPED * len(self.records):
             raise MoraError(
                 f"{told}; {count} of the {len(self.records)} pictures of {self.split} cannot be read, more than the "

@@ -118,6 +118,11 @@ def pop(bank: Mapping, rank: int) -> tuple[dict, dict]:
     return kept, fresh
 
 
+def as_of(bank: Mapping, live: int) -> dict:
+    """The bank as it was when it held `live` experts, where no row has changed since."""
+    return _each_site(lambda b: {**b, "live": jnp.full_like(b["live"], live)}, bank)
+
+
 def _each_site(function: Callable, *trees: Mapping) -> dict:
     """Applies `function` to the dicts of each site; a site is the node that holds `keys`."""
     first = trees[0]

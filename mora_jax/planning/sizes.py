@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import MoraError, unknown
-from mora_jax.models import families, gguf, hf
+from mora_jax.models import families, gguf, hf, registry
 from mora_jax.models.decoder_config import DecoderConfig
 
 
@@ -57,6 +57,8 @@ def decoder_config(model: Mapping[str, Any]) -> DecoderConfig:
     Nothing is downloaded. Raises MoraError for other names, listing the known ones.
     """
     name, path = model["name"], Path(model["weights"]).expanduser()
+    if name in registry.MODELS and registry.MODELS[name].kind == "clip":
+        raise MoraError(f"model.name={name!r} is a CLIP model; plans are made for language models only so far")
     if model["weights"] and path.suffix == ".gguf":
         return gguf.load_config(gguf.open_gguf(path))
     if model["weights"] and path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mora_jax.reporting import picturemaps
 from mora_jax.reporting.charts import colour
 from mora_jax.reporting.markup import Markup, el
 from mora_jax.reporting.workdir import Workdir
@@ -15,18 +16,27 @@ GAP = 4  # between two groups of experts
 
 
 def draw(run: Workdir) -> Markup | None:
-    """All maps of a run, one shown at a time."""
-    panels = [(f"{m['task']}: {site}", _map(m, cells)) for m in run.gate_maps for site, cells in m["sites"].items()]
+    """All maps of a run, one shown at a time; those on pictures beside the picture."""
+    panels = [
+        (f"{m['task']}: {site}", picturemaps.draw(m, site) if m.get("picture") else _map(m, cells))
+        for m in run.gate_maps
+        for site, cells in m["sites"].items()
+    ]
     if not panels:
         return None
     first = run.gate_maps[0]
     options = (el("option", name, value=i) for i, (name, _) in enumerate(panels))
     shown = (el("div", chart, class_="scroll", hidden="hidden" if i else None) for i, (_, chart) in enumerate(panels))
-    caption = f"Gates of layer {first['layer']} on the first evaluated prompt, after the whole stream"
+    if first.get("picture"):
+        caption = f"Gates of layer {first['layer']} on the first evaluated picture, before and after later tasks"
+        note = "a square of colour = the gate mass of one task's experts at a patch"
+    else:
+        caption = f"Gates of layer {first['layer']} on the first evaluated prompt, after the whole stream"
+        note = "column = token, row = expert, × = no expert at this token"
     return el(
         "figure",
-        el("figcaption", caption, el("span", "column = token, row = expert, × = no expert at this token")),
-        el("label", "prompt and site ", el("select", *options, class_="panels")),
+        el("figcaption", caption, el("span", note)),
+        el("label", "task and site ", el("select", *options, class_="panels")),
         el("div", *shown),
         class_="wide",
     )

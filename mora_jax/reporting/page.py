@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mora_jax
 from mora_jax.errors import MoraError
-from mora_jax.reporting import comparison, single
+from mora_jax.reporting import comparison, picturemaps, single
 from mora_jax.reporting.assets import SCRIPT, STYLE
 from mora_jax.reporting.markup import Markup, el
 from mora_jax.reporting.workdir import read
@@ -16,13 +16,14 @@ from mora_jax.runtime.writers import write_text
 
 FILE = "report.html"
 # The page may load nothing, from nowhere.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def write(workdirs: Sequence[Path], output: Path | None = None) -> Path:
     """Draws one run, or several side by side, and returns where to.
 
-    The default is report.html in the workdir, for several in the current folder. Raises MoraError for workdirs that
+    The default is report.html in the workdir, for several in the current folder. Where it goes into the workdir, gate
+    maps on pictures are drawn as gates/<task>.png too. Raises MoraError for workdirs that
     cannot be drawn and for a file that cannot be written.
     """
     if len({path.resolve() for path in workdirs}) < len(workdirs):
@@ -35,6 +36,8 @@ def write(workdirs: Sequence[Path], output: Path | None = None) -> Path:
     if file.is_dir():
         raise MoraError(f"{file} is a folder; the report needs a file, such as {file / FILE}")
     try:
+        if alone and output is None:
+            picturemaps.save(runs[0])
         write_text(file, text)
     except OSError as problem:
         raise MoraError(f"{file} cannot be written: {os.strerror(problem.errno)}") from None

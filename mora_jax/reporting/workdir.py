@@ -163,7 +163,8 @@ def read(path: Path) -> Workdir:
     last = path / "gates" / f"{rows[-1]}.jsonl"
     maps = _records(last, GATE_MAP) if last.is_file() else []
     for number, row in enumerate(maps, 1):
-        if not _inside(row):
+        before = row.get("before")  # of earlier versions there is none
+        if not _inside(row) or (before and not _inside(row | before)):
             raise MoraError(f"{last} line {number}: sites must hold [token, expert, gate] of its tokens and origins")
     return Workdir(
         path=path,

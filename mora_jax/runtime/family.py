@@ -40,12 +40,16 @@ class GateCounts(NamedTuple):
 
 
 class GateMap(NamedTuple):
-    """The gates of one layer on one record: what its tokens show, and g [tokens, capacity] for each kind of site."""
+    """The gates of one layer on one record: what its tokens show, and g [tokens, capacity] for each kind of site.
+
+    picture: the record as a PNG where it is one; its last tokens are then patches, row by row, of a square.
+    """
 
     tokens: list[str]
     truncated: bool
     layer: int
     sites: dict[str, np.ndarray]
+    picture: bytes = b""
 
 
 class TrainData(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import os
 import platform
@@ -138,24 +139,35 @@ class Results:
         """Names of the tasks that trained each block of the bank after task `index`."""
         return [" + ".join(self.names[t] for t in tasks) for tasks in self.method.origins(index)]
 
-    def write_gate_maps(self, maps: Mapping[str, GateMap]) -> None:
-        """gates/<row>.jsonl: for every task the gates of one of its prompts under the whole bank."""
-        index = len(self.names) - 1
-        live, origins = self.method.live_after(index), self.origins(index)
+    def write_gate_maps(self, maps: Sequence[GateMap], before: Mapping[int, GateMap]) -> None:
+        """gates/<row>.jsonl: for every task the gates of one of its records under the whole bank.
+
+        before: the same of some tasks, by number, under the bank as that task left it.
+        """
+        last = len(self.names) - 1
         write_lines(
             self.gate_map_path,
             (
                 {
-                    "task": task,
+                    "task": self.names[task],
                     "layer": found.layer,
                     "truncated": found.truncated,
                     "tokens": found.tokens,
-                    "origins": [origins[expert // self.method.rank] for expert in range(live)],
-                    "sites": {site: _sparse(g[:, :live]) for site, g in found.sites.items()},
+                    **self._gates_of(found, last),
+                    "before": self._gates_of(before[task], task) if task in before else None,
+                    "picture": base64.b64encode(found.picture).decode("ascii"),
                 }
-                for task, found in maps.items()
+                for task, found in enumerate(maps)
             ),
         )
+
+    def _gates_of(self, found: GateMap, row: int) -> dict[str, Any]:
+        """The live experts' tasks of origin after task `row`, and the active ones at each site."""
+        live, origins = self.method.live_after(row), self.origins(row)
+        return {
+            "origins": [origins[expert // self.method.rank] for expert in range(live)],
+            "sites": {site: _sparse(g[:, :live]) for site, g in found.sites.items()},
+        }
 
     @property
     def gate_map_path(self) -> Path:
