@@ -27,7 +27,7 @@ from mora_jax import errors
 from mora_jax.errors import MoraError
 
 CONNECT_SECONDS = 300  # until all processes must have come
-LOST_SECONDS = 20  # without a sign of life until a process counts as lost and the others end
+LOST_SECONDS = 30  # without a sign of life until a process counts as lost and the others end
 OPTIONS = ("coordinator", "processes", "process")
 
 
