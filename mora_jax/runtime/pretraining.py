@@ -45,31 +45,31 @@ class Recipe:
 
     steps: int
     batch_size: int = 64  # pictures, each with another caption
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
     held_out: int = 16  # one of so many pictures is kept for measuring retrieval
     seed: int = 0
-    version: int = 1
+    version: int = 2
 
 
-RECIPES: Mapping[str, Recipe] = {"small-clip": Recipe(steps=700)}
+RECIPES: Mapping[str, Recipe] = {"small-clip": Recipe(steps=400)}
 
 
 # --- what a picture may look like -------------------------------------------------------------------------------------
 
 
 def augment(key: Array, pictures: UInt8[Array, "b size size 4"]) -> UInt8[Array, "b size size 3"]:
-    """Pictures moved, scaled and laid on a random ground; some as silhouettes, some grey."""
-    keys, n = jax.random.split(key, 4), len(pictures)
-    whole = _premultiplied(pictures)
-    # A picture without transparency has no silhouette.
-    silhouette = _chance(keys[0], 0.15, n) & (whole[..., 3:].mean(axis=(1, 2, 3), keepdims=True) < 0.9)
-    moved = jax.vmap(_move)(jax.random.split(keys[1], n), whole)
-    alpha, ground = moved[..., 3:], _grounds(keys[2], n)
-    x = jnp.where(silhouette, alpha * (1.0 - ground), moved[..., :3]) + (1.0 - alpha) * ground
+    """Pictures moved and scaled a little and laid on a random ground; some grey.
+
+    Little on purpose: with silhouettes and scales down to 0.6 a model of half the size learned next to nothing in 160
+    steps (held-out retrieval 3 %), without any change 15 %.
+    """
+    keys, n = jax.random.split(key, 3), len(pictures)
+    x = jax.vmap(_move)(jax.random.split(keys[0], n), _premultiplied(pictures))
+    x = x[..., :3] + (1.0 - x[..., 3:]) * _grounds(keys[1], n)
     grey = jnp.broadcast_to(x.mean(axis=-1, keepdims=True), x.shape)
-    return _bytes(jnp.where(_chance(keys[3], 0.25, n), grey, x))
+    return _bytes(jnp.where(jax.random.bernoulli(keys[2], 0.1, (n, 1, 1, 1)), grey, x))
 
 
 def on_white(pictures: UInt8[Array, "b size size 4"]) -> UInt8[Array, "b size size 3"]:
@@ -87,15 +87,11 @@ def _bytes(x):
     return jnp.round(255.0 * jnp.clip(x, 0.0, 1.0)).astype(jnp.uint8)
 
 
-def _chance(key, probability, n):
-    return jax.random.bernoulli(key, probability, (n, 1, 1, 1))
-
-
 def _move(key, picture):
     """One picture at another scale somewhere in the square; [size, size, 4], premultiplied."""
     size = picture.shape[0]
     scale_key, key = jax.random.split(key)
-    scale = jax.random.uniform(scale_key, (), minval=0.6, maxval=1.15)
+    scale = jax.random.uniform(scale_key, (), minval=0.9, maxval=1.0)
     shift = jax.random.uniform(key, (2,)) * (1.0 - scale) * size
     return jax.image.scale_and_translate(picture, picture.shape, (0, 1), jnp.stack([scale, scale]), shift, "linear")
 
@@ -124,7 +120,7 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
     def decays(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+        return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
     adam = optax.adamw(rate, b1=0.9, b2=0.98, eps=1e-6, weight_decay=recipe.weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(1.0), adam)
