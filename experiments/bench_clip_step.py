@@ -13,7 +13,6 @@ evaluation is `predict` on 8 encoded pictures against the 10 classes, the decodi
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -25,12 +24,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_train_step import full_bank, step_on
-from PIL import Image
+from contestants import random_bank, train_step
 from turns import Step, take_turns
 
 from mora_jax.benchmarks.pictures import Picture, PictureTask
 from mora_jax.config import load
+from mora_jax.data.images import png
 from mora_jax.methods.method import Method, from_config
 from mora_jax.models.clip import CLIP
 from mora_jax.models.clip_config import PUBLISHED
@@ -60,9 +59,8 @@ def random_task(side: int) -> PictureTask:
     rng, pictures = np.random.default_rng(0), []
     names = tuple(f"thing {i}" for i in range(CLASSES))
     for i in range(BATCH):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "JPEG")
-        pictures.append(Picture(f"{i}.jpg", names[i % CLASSES], buffer.getvalue))
+        file = png(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        pictures.append(Picture(f"{i}.png", names[i % CLASSES], lambda file=file: file))
     return PictureTask("things", "accuracy", {"train": tuple(pictures), "test": tuple(pictures)}, classes=names)
 
 
@@ -74,17 +72,17 @@ def family_of(model: str, method: str) -> tuple[Any, Method, ClipFamily, Picture
     return config, method, ClipFamily(random_model(model), method, config, make_mesh(config.mesh), [task]), task
 
 
-def train_step(model: str, method: str, experts: int) -> Step:
+def learning(model: str, method: str, experts: int) -> Step:
     """A train step with `experts` per site, 16 of them fresh."""
     config, method, family, task = family_of(model, method)
     batch = next(family.train_data(task, 0, 1, 0).batches)
-    return step_on(family, method, config.train, experts - FRESH, batch)
+    return train_step(family, method, config, experts - FRESH, batch)
 
 
 def evaluation(model: str, method: str, experts: int, counting: bool) -> Step:
     """The classes of one batch of pictures with `experts` frozen ones per site."""
     _, method, family, task = family_of(model, method)
-    bank = {"bank": full_bank(family, method, experts)} if method.trains else {}
+    bank = {"bank": random_bank(family, method, experts)} if method.trains else {}
     prepared = family.prepare({"params": family.params} | bank)
     choose = family._choose
     family._choose = lambda *arguments, count: choose(*arguments, count=counting)
@@ -93,7 +91,7 @@ def evaluation(model: str, method: str, experts: int, counting: bool) -> Step:
 
 def compare(model: str, experts: int, turns: int) -> dict[str, Any]:
     """A row of the result, printed as it comes."""
-    learn = {name: partial(train_step, model, name, experts) for name in ("mora", "inc_lora")}
+    learn = {name: partial(learning, model, name, experts) for name in ("mora", "inc_lora")}
     answer = {name: partial(evaluation, model, name, experts, False) for name in ("mora", "zero_shot")}
     answer["mora, counting"] = partial(evaluation, model, "mora", experts, True)
     seconds = {"train": take_turns(learn, turns, STEPS), "evaluation": take_turns(answer, turns, STEPS)}

@@ -24,25 +24,18 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from contestants import train_step
 from turns import Step, take_turns
 
 from mora_jax.config import load
-from mora_jax.methods import bank as banks
-from mora_jax.methods.method import Method, from_config
+from mora_jax.methods.method import from_config
 from mora_jax.models.families import to_hf
 from mora_jax.models.registry import load_model
-from mora_jax.runtime.distributed import make_mesh, place, place_batch
-from mora_jax.runtime.family import Family
+from mora_jax.runtime.distributed import make_mesh
 from mora_jax.runtime.language import LanguageFamily
-from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.results import device, versions
-from mora_jax.runtime.state import TrainState
-from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.writers import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,38 +44,8 @@ BATCH, LENGTH, ANSWER, FRESH = 8, 128, 32, 8
 STEPS = 3  # counted, in a turn
 
 
-def full_bank(family: Family, method: Method, experts: int) -> dict:
-    """A bank in which all rows are random experts, on the mesh; one empty row where there are none."""
-    sites = banks.find_sites(family.params, family.site_kinds, method)
-    rng = np.random.default_rng(1)
-
-    def filled(rows: jax.Array) -> jax.Array:
-        if rows.ndim < 3:
-            return jnp.full_like(rows, experts)
-        return jnp.asarray(0.02 * rng.standard_normal(rows.shape, dtype=np.float32))
-
-    bank = banks.empty(sites, max(experts, 1))
-    return place(family.mesh, jax.tree.map(filled, bank) if experts else bank)
-
-
-def step_on(family: Family, method: Method, train: Any, frozen: int, rows: Mapping[str, np.ndarray]) -> Step:
-    """A train step beside `frozen` random experts, always on the same batch, that returns when it is done."""
-    sites = banks.find_sites(family.params, family.site_kinds, method)
-    bank, optimizer = full_bank(family, method, frozen), make_optimizer(train)
-    step = TrainStep(family.loss, optimizer, "constant", 1e-3)
-    state = place(family.mesh, TrainState.create(banks.new_fresh(sites, method, 0, 0), optimizer))
-    batch, horizon = place_batch(family.mesh, rows), place(family.mesh, jnp.float32(100))
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = step(state, family.params, bank, horizon, batch)
-        jax.block_until_ready(metrics)
-
-    return run
-
-
 def jax_step(name: str, experts: int, remat: str) -> Step:
-    """The step of a preset with a full bank of `experts` - 8 rows."""
+    """One train step of a preset with a full bank of `experts` - 8 rows, as a function that returns when it is done."""
     config = load(f"{CONFIG}:model=smollm2-135m,method={name}", {"method.capacity_bucket": "1", "model.remat": remat})
     method = from_config(config.method, config.kernel)
     family = LanguageFamily(load_model(config.model, 0), method, config, make_mesh(config.mesh))
@@ -93,7 +56,7 @@ def jax_step(name: str, experts: int, remat: str) -> Step:
         "length": np.full((BATCH,), LENGTH, np.int32),
         "answers": np.arange(ANSWER, dtype=np.int32)[None],
     }
-    return step_on(family, method, config.train, experts - FRESH, rows)
+    return train_step(family, method, config, experts - FRESH, rows)
 
 
 def torch_step(experts: int) -> Step:

@@ -25,17 +25,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from mora_jax.benchmarks import word_problems
+from mora_jax.benchmarks.drawing import SIZES, balanced
 from mora_jax.benchmarks.stream import Example, Task
 from mora_jax.data import packages
 from mora_jax.errors import MoraError, unknown
 
-# In the order in which records are handed out: where a source runs short, the train split is the shorter one.
-SIZES = {"test": 200, "eval": 200, "train": 1000}
-
-Item = TypeVar("Item")
 Splits = dict[str, tuple[Example, ...]]
 
 
@@ -62,27 +58,8 @@ def _distinct(pairs: Iterable[tuple[str, str]], key: Callable[[str], str] = _key
     return by_label
 
 
-def _balanced(pools: Mapping[str, list[Item]], rng: random.Random) -> dict[str, list[tuple[Item, str]]]:
-    """Splits of (item, label), each a run of blocks that hold every label once, in random order within the block.
-
-    A block cut short at the end of a split is dropped, so that no label runs ahead over the splits.
-    """
-    pools = {label: list(pools[label]) for label in sorted(pools)}
-    for pool in pools.values():
-        rng.shuffle(pool)
-    splits: dict[str, list[tuple[Item, str]]] = {}
-    for split, size in SIZES.items():
-        splits[split] = []
-        while len(splits[split]) < size and all(pools.values()):
-            block = [(pool.pop(), label) for label, pool in pools.items()]
-            rng.shuffle(block)
-            splits[split] += block
-        del splits[split][size:]
-    return splits
-
-
 def _classification(by_label: Mapping[str, list[str]], prompt: str, rng: random.Random) -> Splits:
-    drawn = _balanced(by_label, rng)
+    drawn = balanced(by_label, SIZES, rng)
     return {
         split: tuple(Example(prompt.format(text=text), f" {label}") for text, label in items)
         for split, items in drawn.items()
@@ -256,7 +233,7 @@ def _arithmetic(rng: random.Random) -> Splits:
         for i, template in enumerate(word_problems.TEMPLATES)
     }
     splits: Splits = {}
-    for split, items in _balanced(pools, rng).items():
+    for split, items in balanced(pools, SIZES, rng).items():
         examples = []
         for (template, numbers), _ in items:
             names = list(word_problems.NAMES)

