@@ -75,6 +75,7 @@ class Run:
             self.method,
             self.sites,
             frozen_parameters=count_parameters(quantised.plain(self.family.params)),
+            chance=[self.family.chance(task) for task in self.tasks],
             fingerprint=configs.digest({"config": self.fingerprint, "stream": self.stream_record()}),
             command=command,
             workdir=workdir,

@@ -11,7 +11,6 @@ Pictures are not opened here; each is read when it is needed.
 from __future__ import annotations
 
 import gzip
-import io
 import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from mora_jax.data.files import read_json
+from mora_jax.data.images import png
 from mora_jax.errors import MoraError
 
 # Our split -> the word for it in the files of CoOp and of Aircraft.
@@ -200,9 +199,7 @@ def _idx(path: str, axes: int) -> np.ndarray:
 
 
 def _idx_png(path: str, index: int) -> bytes:
-    encoded = io.BytesIO()
-    Image.fromarray(_idx(path, 3)[index]).save(encoded, "PNG")
-    return encoded.getvalue()
+    return png(_idx(path, 3)[index])
 
 
 def read_mnist(folder: Path) -> PictureSet:

@@ -96,8 +96,8 @@ def normalise(
     return (values.astype(np.float32) / np.float32(255) - shift) / width
 
 
-def png(values: UInt8[np.ndarray, "height width 3"]) -> bytes:
-    """The pixels as a PNG file."""
+def png(values: UInt8[np.ndarray, "height width *channels"]) -> bytes:
+    """The pixels as a PNG file: grey ones, or red, green and blue."""
     file = io.BytesIO()
     Image.fromarray(values).save(file, "PNG")
     return file.getvalue()

@@ -214,7 +214,7 @@ def kind_of(config: Mapping[str, Any]) -> Literal["decoder", "clip"]:
 def load_model(config: Mapping[str, Any], seed: int) -> LanguageModel | ClipModel:
     """The model that `config.model` names. Raises MoraError for unknown names and for weights that do not fit."""
     model = _row(config["name"]).load(config["weights"], np.dtype(DTYPES[config["dtype"]]), seed)
-    model = dataclasses.replace(model, params=quantised.coded(model.params, config["quantise"]))
+    model = dataclasses.replace(model, params=quantised.coded(model.params, config.get("quantise", quantised.NONE)))
     if not isinstance(model, KINDS[kind_of(config)]):
         raise MoraError(f"model.weights={config['weights']!r} is of another kind than model.name={config['name']!r}")
     if model.tokenizer.vocab_size > model.vocab_size:

@@ -16,7 +16,7 @@ import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax.benchmarks.pictures import Picture, PictureTask
 from mora_jax.data import pictures
@@ -131,6 +131,14 @@ class ClipFamily:
         plan = pictures.TrainPlan(reader, labels, order, constant)
         return TrainData(pictures.pipeline(plan), len(plan), skipped=reader.skipped)
 
+    def _legal(self, task: PictureTask) -> Bool[np.ndarray, " classes"]:
+        """The classes that pictures of a task are compared with."""
+        own = np.array([name == task.name for name, _ in self.classes])
+        return own if self.config["eval"]["label_space"] == "own" else np.ones_like(own)
+
+    def chance(self, task: PictureTask) -> float:
+        return 100.0 / self._legal(task).sum()
+
     def _reader(self, task: PictureTask, records: Sequence[Picture]) -> pictures.Reader:
         return pictures.Reader(records, self.sizes.vision.image_size, f"task {task.name}")
 
@@ -177,8 +185,7 @@ class ClipFamily:
         """The class nearest to each picture, of the classes that `eval.label_space` allows."""
         variables = dict(variables)
         classes: Classes = variables.pop("classes")
-        own = np.array([name == task.name for name, _ in self.classes])
-        legal = place(self.mesh, own if self.config["eval"]["label_space"] == "own" else np.ones_like(own))
+        legal = place(self.mesh, self._legal(task))
         size = whole_rows(self.mesh, self.config["eval"]["batch_size"])
         texts, gates = [], classes.gates[task.name]
         plan = pictures.ReadPlan(self._reader(task, examples), size)

@@ -100,6 +100,9 @@ class Family(Protocol):
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, int]:
         """What a row of metrics.jsonl counts of a batch."""
 
+    def chance(self, task: Task) -> float | None:
+        """The score in percent of answering at random; None where there is no list to choose from."""
+
     def prepare(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
         """`variables` with what all tasks of one row of R share; `predict` needs it."""
 

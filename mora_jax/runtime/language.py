@@ -108,6 +108,9 @@ class LanguageFamily:
         )
         return TrainData(text.pipeline(plan), len(plan), cut)
 
+    def chance(self, task: Task) -> None:
+        """Texts have no chance level."""
+
     def gate_map(self, variables: Mapping[str, Any], task: Task, examples: Sequence[Example]) -> GateMap:
         return self._generate.gate_map(variables, examples[0].prompt, self.limits(task).prompt)
 

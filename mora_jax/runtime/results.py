@@ -40,6 +40,7 @@ class Results:
         sites: banks.Sites,
         *,
         frozen_parameters: int,
+        chance: Sequence[float | None],
         fingerprint: str,
         command: str,
         workdir: Path,
@@ -57,6 +58,7 @@ class Results:
             "metric": [task.metric for task in tasks],
             "variant": [task.variant for task in tasks],
             "majority": [task.majority_percent(split) for task in tasks],
+            "chance": rounded(chance),
             "method": config.method.name,
             "model": config.model.name,
             "seed": config.seed,
@@ -94,6 +96,8 @@ class Results:
         """results.json as it stands now."""
         facts, trains = dict(self.facts), self.method.trains
         baselines = {"majority": facts.pop("majority"), "zero_shot_lenient": rounded(progress.zero_shot_lenient)}
+        if (chance := facts.pop("chance")) != [None] * len(self.names):
+            baselines["chance"] = chance
         taught = progress.task + (progress.phase == "evaluated") - 1
         summary = progress.summary(trains)
         active, none = progress.gate_report()
@@ -173,7 +177,9 @@ class Results:
                 "zero-shot": p.zero_shot,
                 "zero-shot, lenient": p.zero_shot_lenient,
                 "majority": self.facts["majority"],
+                "chance": self.facts["chance"],
             }
+            baselines = {name: row for name, row in baselines.items() if row != [None] * len(self.names)}
             self.display.gains(self.names, p.R[len(self.names) - 1], baselines)
         self.display.summary(p.summary(trains))
         active, none = p.gate_report()
