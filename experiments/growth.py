@@ -108,10 +108,12 @@ def plot(made: dict[str, Any], path: Path) -> None:
         frozen = line[0]["bytes"]["frozen"] / 2**30
         top.axhline(frozen, color="#7a7a7a", ls="--", lw=1, label="frozen weights")
         known = [p for p in made.values() if (p["kind"], p["topology"], p["model"]) == ("compiled", pod, model)]
-        bottom.plot([p["tasks"] for p in known], [p["flops"] / 1e12 for p in known], "x", color="k", label=f"by {pod}")
+        if known:
+            flops = [p["flops"] / 1e12 for p in known]
+            bottom.plot([p["tasks"] for p in known], flops, "x", color="k", label=f"by {pod}'s compiler")
         top.set_title(f"{model}, one chip of {pod}", fontsize=10, loc="left")
         bottom.set_xlabel("tasks in the bank")
-        bottom.set_ylim(bottom=0)
+        bottom.set_ylim(0, 1.1 * line[-1]["flops"] / 1e12)
         for part in (top, bottom):
             part.grid(alpha=0.3)
             part.legend(fontsize=8)
