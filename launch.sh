@@ -11,6 +11,9 @@ bash launch.sh --config=... [...]     install, then python -m mora_jax.train wit
 bash launch.sh test [pytest args]     install with requirements-dev.txt, then ruff and pytest; without pytest args also
                                       compile the kernels for TPU and GPU, ahead of time
 bash launch.sh install                install only
+bash launch.sh tpu NAME ZONE -- ARGS  bash launch.sh ARGS on every worker of the TPU pod NAME: copies this tree with gcloud,
+                                      prints what worker 0 says, and fails if any worker does; a first Ctrl-C or SIGTERM
+                                      makes the run save and end
 bash launch.sh help                   this text
 
 Everything goes into .venv beside this script; relative paths are taken from there too. Running it again is cheap.
@@ -83,7 +86,7 @@ make_venv() {
 
 # A hash of everything an installation depends on.
 fingerprint() {
-    .venv/bin/python - "$platform" requirements.txt requirements-dev.txt requirements-compilers.txt pyproject.toml <<'EOF'
+    .venv/bin/python - "$platform" requirements{,-dev,-compilers,-gs}.txt pyproject.toml <<'EOF'
 import hashlib, pathlib, sys
 parts = [sys.version, sys.argv[1], *(pathlib.Path(name).read_text(encoding="utf-8") for name in sys.argv[2:])]
 print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
@@ -103,7 +106,7 @@ has_compilers() { [[ $(uname -sm) == "Linux x86_64" ]]; }
 
 # install run | install dev. The stamp is taken away first and written last, so a broken installation never has one.
 install() {
-    local want=$1 requirements="requirements.txt" extra="" jax stamp start=$SECONDS
+    local want=$1 requirements="requirements.txt" extra="" jax stamp start=$SECONDS buckets=()
     [[ $want == run ]] || requirements="requirements-dev.txt"
     find_platform
     case $platform in gpu) extra="[cuda12]" ;; tpu) extra="[tpu]" ;; esac
@@ -114,7 +117,8 @@ install() {
     case $(cat .venv/installed 2>/dev/null) in "$stamp $want" | "$stamp dev") return ;; esac
     rm -f .venv/installed
     say "installing $requirements into .venv (a few minutes the first time)"
-    pip_install -r "$requirements" "jax$extra==$jax"
+    [[ $platform != tpu ]] || buckets=(-r requirements-gs.txt)
+    pip_install -r "$requirements" "jax$extra==$jax" "${buckets[@]}"
     pip_install --no-deps -e .
     [[ $want == run ]] || ! has_compilers ||
         pip_install --no-deps --upgrade --target .venv/compilers -r requirements-compilers.txt
@@ -126,6 +130,53 @@ install() {
 default_workdir() {
     local name=${1#--config=}
     [[ $# != 1 || $1 == "$name" || $name != *.py ]] || echo "--workdir=runs/$(basename "$name" .py)"
+}
+
+# The gcloud command $1 for the TPU pod $name in $zone.
+pod() { gcloud compute tpus tpu-vm "$1" "${@:2}" --zone="$zone"; }
+
+# Runs a command on all workers; lines of the form "RUN worker I exit CODE" go to the file $1, the rest is printed.
+on_workers() {
+    local line
+    pod ssh "$name" --worker=all --command="$2" | while IFS= read -r line; do
+        if [[ $line == "$run worker "* ]]; then echo "${line#"$run worker "}" >>"$1"; else printf '%s\n' "$line"; fi
+    done || true
+}
+
+# launch_on_pod NAME ZONE -- ARGS. The exit code is that of the first worker that failed, 255 where one never told.
+launch_on_pod() {
+    [[ $# -ge 4 && $3 == -- ]] || die "usage: bash launch.sh tpu NAME ZONE -- --config=... --workdir=gs://..."
+    name=$1 zone=$2 run=launch-$(date +%Y%m%d-%H%M%S)-$$
+    local addresses workers folder started worker said failed="" code=0
+    command -v gcloud >/dev/null || die "gcloud is not on the PATH; it comes with the Google Cloud CLI"
+    addresses=$(pod describe "$name" --format='value(networkEndpoints[].ipAddress)') ||
+        die "gcloud cannot describe the TPU $name in zone $zone (it says why above)"
+    [[ -n $addresses ]] || die "the TPU $name in zone $zone has no workers yet"
+    IFS=';' read -ra workers <<<"$addresses"
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    say "copying this tree to ${#workers[@]} worker(s) of $name"
+    tar -czf "$folder/mora_jax.tgz" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./launches \
+        --exclude=__pycache__ .
+    pod scp "$folder/mora_jax.tgz" "$name:mora_jax.tgz" --worker=all || die "copying to $name failed"
+    pod ssh "$name" --worker=all --command="mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax" ||
+        die "unpacking on $name failed"
+    say "starting; output and exit code of each worker stay in ~/mora_jax/launches/$run there"
+    touch "$folder/ends"
+    # In the background, so that a signal is answered at once and the output goes on until the run has saved.
+    on_workers "$folder/ends" "bash mora_jax/experiments/launch/tpu_worker.sh $run$(printf ' %q' "${@:4}")" &
+    started=$!
+    trap 'trap - INT TERM; say "stopping the run on $name"
+        on_workers /dev/null "kill -TERM \$(cat mora_jax/launches/$run/pid)"' INT TERM
+    while kill -0 "$started" 2>/dev/null; do wait "$started" || true; done
+    for worker in "${!workers[@]}"; do
+        said=$(sed -n "s/^$worker exit //p" "$folder/ends" | tail -n 1)
+        [[ $said != 0 ]] || continue
+        failed+="${failed:+, }worker $worker ${said:+exit code }${said:-without an exit code}"
+        ((code)) || code=${said:-255}
+    done
+    [[ -z $failed ]] || say "failed: $failed"
+    exit "$code"
 }
 
 # On Linux malloc may then use huge pages: a CPU train step faults in a gigabyte of buffers every time.
@@ -151,6 +202,7 @@ case ${1:-} in
         exit "$lint"
         ;;
     install) install run ;;
+    tpu) launch_on_pod "${@:2}" ;;
     -h | --help | help) usage ;;
     -*)
         install run

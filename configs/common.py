@@ -29,6 +29,7 @@ def base() -> ConfigDict:
             "name": "smollm2-135m",
             "weights": "",  # a .gguf file, a folder with safetensors, or a hub id; empty = what the name stands for
             "dtype": "float32",  # of frozen weights and activations: float32 or bfloat16
+            "quantise": "none",  # frozen dense kernels in fewer bits: none, int8 or nf4
             "remat": "dots",  # what the backward pass recomputes: none, dots (all but dense products), full
         }
     )
@@ -44,6 +45,7 @@ def base() -> ConfigDict:
             "steps_per_task": 0,  # optimiser steps; a number or a comma list with one per task
             "epochs_per_task": 1,  # used where steps_per_task is 0; a number or a comma list; -1 = the task's own
             "batch_size": 8,  # examples per step, over all devices
+            "accumulate": 1,  # parts that a batch is taken in, one after another: less memory, the same step
             "learning_rate": 2e-3,
             "schedule": "constant",  # over the steps of one task: constant, linear or cosine
             "adam_b1": 0.9,

@@ -17,18 +17,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from contestants import random_bank
 from turns import Step, take_turns
 
 from mora_jax.config import load
-from mora_jax.methods import bank as banks
 from mora_jax.methods.method import from_config
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.registry import load_model
 from mora_jax.models.tokenizer import Tokenizer
-from mora_jax.runtime.distributed import make_mesh, place
+from mora_jax.runtime.distributed import make_mesh
 from mora_jax.runtime.generate import Generator
 from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.results import device, versions
@@ -60,16 +58,8 @@ def generation(name: str, experts: int) -> Step:
     method = from_config(config.method, config.kernel)
     model = load_model(config.model, 0)
     family = LanguageFamily(model, method, config, make_mesh(config.mesh))
-    sites = banks.find_sites(family.params, family.site_kinds, method)
-    rng = np.random.default_rng(1)
-
-    def filled(rows: jax.Array) -> jax.Array:
-        if rows.ndim < 3:
-            return jnp.full_like(rows, experts)
-        return jnp.asarray(0.02 * rng.standard_normal(rows.shape, dtype=np.float32))
-
-    bank = place(family.mesh, jax.tree.map(filled, banks.empty(sites, experts))) if sites else {}
-    variables = {"params": family.params} | ({"bank": bank} if sites else {})
+    bank = {"bank": random_bank(family, method, experts)} if method.trains else {}
+    variables = {"params": family.params} | bank
     generator = Generator(Decoder(model.config, method), Endless(model.tokenizer), family.mesh)
     limits = {"max_prompt_tokens": PROMPT, "max_new_tokens": NEW, "batch_size": BATCH}
     return lambda: generator(variables, [""] * BATCH, **limits, after_batch=lambda n: None)

@@ -25,22 +25,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from contestants import train_step
 from turns import Step, take_turns
 
 from mora_jax.config import load
-from mora_jax.methods import bank as banks
 from mora_jax.methods.method import from_config
 from mora_jax.models.families import to_hf
 from mora_jax.models.registry import load_model
-from mora_jax.runtime.distributed import make_mesh, place, place_batch
+from mora_jax.runtime.distributed import make_mesh
 from mora_jax.runtime.language import LanguageFamily
-from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.results import device, versions
-from mora_jax.runtime.state import TrainState
-from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.writers import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,34 +49,14 @@ def jax_step(name: str, experts: int, remat: str) -> Step:
     config = load(f"{CONFIG}:model=smollm2-135m,method={name}", {"method.capacity_bucket": "1", "model.remat": remat})
     method = from_config(config.method, config.kernel)
     family = LanguageFamily(load_model(config.model, 0), method, config, make_mesh(config.mesh))
-    sites = banks.find_sites(family.params, family.site_kinds, method)
     rng = np.random.default_rng(1)
-    frozen = experts - FRESH
-
-    def filled(rows: jax.Array) -> jax.Array:
-        if rows.ndim < 3:
-            return jnp.full_like(rows, frozen)
-        return jnp.asarray(0.02 * rng.standard_normal(rows.shape, dtype=np.float32))
-
-    bank = banks.empty(sites, max(frozen, 1))
-    bank = place(family.mesh, jax.tree.map(filled, bank) if frozen else bank)
-    optimizer = make_optimizer(config.train)
-    step = TrainStep(family.loss, optimizer, "constant", 1e-3)
-    state = place(family.mesh, TrainState.create(banks.new_fresh(sites, method, 0, 0), optimizer))
     rows = {
         "tokens": rng.integers(0, family.decoder.config.vocab_size, (BATCH, LENGTH), dtype=np.int32),
         "prompt": np.full((BATCH,), LENGTH - ANSWER, np.int32),
         "length": np.full((BATCH,), LENGTH, np.int32),
         "answers": np.arange(ANSWER, dtype=np.int32)[None],
     }
-    batch, horizon = place_batch(family.mesh, rows), place(family.mesh, jnp.float32(100))
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = step(state, family.params, bank, horizon, batch)
-        jax.block_until_ready(metrics)
-
-    return run
+    return train_step(family, method, config, experts - FRESH, rows)
 
 
 def torch_step(experts: int) -> Step:

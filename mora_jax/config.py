@@ -24,7 +24,9 @@ from mora_jax.errors import MoraError, unknown
 from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS
 from mora_jax.models.decoder import REMAT
+from mora_jax.models.quantised import QUANTISE
 from mora_jax.models.registry import DTYPES
+from mora_jax.runtime import hosts, storage
 from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.optimizer import SCHEDULES
 
@@ -32,11 +34,13 @@ USAGE = """\
 python -m mora_jax.train --config=configs/llm_cl.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
 python -m mora_jax.train --config=... --dry_run
 python -m mora_jax.train --list
+python -m mora_jax.train ... --coordinator=HOST:PORT --processes=N --process=I
 
 ARG is a comma list: benchmark=NAME, model=NAME, method=NAME, smoke. KEY is any key of the config, for example
 --config.train.learning_rate=1e-3. The same command in the same workdir resumes. --list prints the known names.
 --dry_run compiles the steps for the devices of this machine and says what they need; python -m mora_jax.plan does that
-for devices that are elsewhere."""
+for devices that are elsewhere. On a TPU pod, under SLURM and under Open MPI the processes of a run find each other;
+elsewhere the last form starts process I of N, with the same HOST:PORT on all, where process 0 runs."""
 
 # Keys that hold a number, or a comma list with one number per task.
 PER_TASK = ("train.steps_per_task", "train.epochs_per_task")
@@ -54,6 +58,7 @@ NOT_RESULTS = (
     "eval.batch_size",
     "model.remat",
     "model.weights",
+    "train.accumulate",
     "method.capacity_bucket",
     "benchmark.root",
     "benchmark.tasks",
@@ -68,22 +73,24 @@ NOT_RESULTS = (
 class Invocation:
     """A command line that was understood. `config` is None where only --list was asked for.
 
-    `workdir` is None there and for a dry run, which writes nothing.
+    `workdir` is None there and for a dry run, which writes nothing. `hosts`: what was said of other processes.
     """
 
     config: ConfigDict | None
     workdir: Path | None
+    hosts: Mapping[str, str]
 
 
 def parse(argv: Sequence[str]) -> Invocation:
     """Reads the command line. Raises MoraError; the config that comes back has been validated."""
-    options, overrides = split(argv, ("config", "config.KEY", "workdir"), flags=("list", "dry_run"))
+    options, overrides = split(argv, ("config", "config.KEY", "workdir", *hosts.OPTIONS), flags=("list", "dry_run"))
     if "list" in options:
-        return Invocation(None, None)
+        return Invocation(None, None, {})
     dry = "dry_run" in options
     require(options, ("config",) if dry else ("config", "workdir"), USAGE)
     config = load(options["config"], overrides)
-    return Invocation(config, None if dry else Path(options["workdir"]))
+    of_hosts = {name: options[name] for name in hosts.OPTIONS if name in options}
+    return Invocation(config, None if dry else storage.at(options["workdir"]), of_hosts)
 
 
 def split(
@@ -229,10 +236,12 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "benchmark.eval_limit": (_not_negative, "at least 0 (0 = all)"),
     "benchmark.shots": (_not_negative, "at least 0 (0 = all)"),
     "model.dtype": (DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
+    "model.quantise": (QUANTISE.__contains__, f"one of {', '.join(QUANTISE)}"),
     "model.remat": (REMAT.__contains__, f"one of {', '.join(REMAT)}"),
     "train.steps_per_task": (_per_task(0), "at least 0 (0 = use epochs_per_task)"),
     "train.epochs_per_task": (_per_task(OWN), "at least 0, or -1 (the task's own)"),
     "train.batch_size": (_positive, "at least 1"),
+    "train.accumulate": (_positive, "at least 1"),
     "train.learning_rate": (lambda v: 0 < v < math.inf, "greater than 0 and finite"),
     "train.schedule": (SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}"),
     "train.adam_b1": (lambda v: 0 <= v < 1, "in 0..1, below 1"),
@@ -264,6 +273,10 @@ def validate(config: ConfigDict) -> None:
     if not isinstance(steps, tuple) and not isinstance(epochs, tuple) and bool(steps) == bool(epochs):
         raise MoraError(
             f"train.steps_per_task={steps} and train.epochs_per_task={epochs}: exactly one of them must be other than 0"
+        )
+    if flat["train.batch_size"] % flat["train.accumulate"]:
+        raise MoraError(
+            f"train.accumulate={flat['train.accumulate']} does not divide train.batch_size={flat['train.batch_size']}"
         )
     if config.method.name not in PRESETS:
         raise unknown("method", config.method.name, PRESETS)
@@ -315,6 +328,11 @@ def fingerprint(config: ConfigDict, model_identity: str) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(kept.items())} | {
         "weights": model_identity
     }
+
+
+def alike(config: ConfigDict) -> dict[str, Any]:
+    """What must be the same on all hosts, as a flat dict: all but where data and weights lie on their disks."""
+    return {key: value for key, value in flatten(config).items() if key not in ("benchmark.root", "model.weights")}
 
 
 def digest(value: Any) -> str:

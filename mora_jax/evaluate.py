@@ -10,15 +10,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mora_jax import config as configs
 from mora_jax import experiment
 from mora_jax.adapter import Adapter
 from mora_jax.benchmarks.stream import Task
-from mora_jax.errors import exit_code
 from mora_jax.layouts import every_state, open_adapter, task_number
+from mora_jax.runtime import hosts, storage
 from mora_jax.runtime.display import Display
 from mora_jax.runtime.family import GateCounts
 from mora_jax.runtime.results import device, rounded, versions
@@ -27,12 +26,14 @@ from mora_jax.runtime.writers import write_json
 USAGE = """\
 python -m mora_jax.evaluate --workdir=DIR [--task=N|-1|all] [--config.KEY=VALUE ...] [--output=FILE]
 python -m mora_jax.evaluate --adapter=FOLDER [...]
+python -m mora_jax.evaluate ... --coordinator=HOST:PORT --processes=N --process=I
 
 --task=N evaluates the experts as they stood after task N, counted from 0 in the order of the stream; -1 is the frozen
 model before the first task, all is every one of them; without it, the last task that has been frozen. On the run's
 own benchmark tasks that were not yet taught are left out, as in R, unless --config.eval.future_tasks=true; another one
-(--config.benchmark.name, .root or .tasks) is evaluated whole. FILE is evaluate.json in DIR or FOLDER."""
-OPTIONS = ("workdir", "adapter", "task", "output", "config.KEY")
+(--config.benchmark.name, .root or .tasks) is evaluated whole. FILE is evaluate.json in DIR or FOLDER. Of several
+processes the last form starts one, as for python -m mora_jax.train."""
+OPTIONS = ("workdir", "adapter", "task", "output", "config.KEY", *hosts.OPTIONS)
 OTHER_TASKS = ("benchmark.name", "benchmark.root", "benchmark.tasks")
 
 
@@ -80,22 +81,26 @@ def run(argv: Sequence[str]) -> None:
         print(USAGE)
         return
     options, given = configs.split(argv, OPTIONS)
+    hosts.start(hosts.from_options(options))
     overrides, display = other_benchmark(given), Display()
     every = options.get("task") == "all"
-    newest = open_adapter(options, overrides, None if every else task_number(options.get("task")))
-    states = every_state(newest, options, overrides) if every else [newest]
-    config, own = newest.config, not set(OTHER_TASKS) & given.keys()
-    tasks = experiment.load_tasks(config)
-    for task in tasks:  # a missing split is known before any work
-        task.split(config.eval.split)
-    experiment.keep_compiled()
-    mesh, family, sites = experiment.load_family(config, newest.method, tasks)
+    with hosts.together() as facts:
+        newest = open_adapter(options, overrides, None if every else task_number(options.get("task")))
+        states = every_state(newest, options, overrides) if every else [newest]
+        config, own = newest.config, not set(OTHER_TASKS) & given.keys()
+        tasks = experiment.load_tasks(config)
+        for task in tasks:  # a missing split is known before any work
+            task.split(config.eval.split)
+        experiment.keep_compiled()
+        mesh, family, sites = experiment.load_family(config, newest.method, tasks)
+        facts |= configs.alike(config) | versions() | {f"data of task {task.name}": task.digest for task in tasks}
+        facts |= {"weights": family.identity, "states": [dict(adapter.origin) for adapter in states]}
     rows = []
     for adapter in states:
         bank = adapter.variables(mesh, sites, family.identity)
         rows.append(evaluate_row(adapter, tasks, family, bank, display, own))
-    where = Path(options.get("workdir") or options["adapter"])
-    path = Path(options.get("output") or where / "evaluate.json")
+    where = storage.at(options.get("workdir") or options["adapter"])
+    path = storage.at(options.get("output") or where / "evaluate.json")
     content = {
         "benchmark": config.benchmark.name,
         "tasks": [task.name for task in tasks],
@@ -119,7 +124,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main() -> int:
     """The exit code: 0 when done, 2 after an error that was told in one line."""
-    return exit_code(run, sys.argv[1:])
+    return hosts.exit_code(run, sys.argv[1:])
 
 
 if __name__ == "__main__":

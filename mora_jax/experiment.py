@@ -77,6 +77,7 @@ def load_family(config: Any, method: Method, tasks: Sequence[Task]) -> tuple[Mes
             )
     mesh = distributed.make_mesh(config.mesh)
     family = kind.family(load_model(config.model, config.seed), method, config, mesh, tasks)
+    distributed.check_mesh(mesh, family.heads)
     return mesh, family, banks.find_sites(family.params, family.site_kinds, method)
 
 

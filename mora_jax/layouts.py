@@ -25,6 +25,7 @@ from mora_jax.methods.boundaries import BOUNDARIES
 from mora_jax.methods.method import from_config
 from mora_jax.models.hf import read_json
 from mora_jax.models.keytable import dense_modules
+from mora_jax.runtime import storage
 from mora_jax.runtime.writers import write_json
 
 TENSORS, DESCRIPTION, BESIDE = "adapter_model.safetensors", "adapter_config.json", "mora_adapter.json"
@@ -347,7 +348,7 @@ def open_adapter(options: Mapping[str, str], overrides: Mapping[str, str], task:
     if len(given) != 1:
         raise MoraError("exactly one of --workdir=DIR and --adapter=FOLDER says what to load")
     if given == ["workdir"]:
-        return from_workdir(Path(options["workdir"]), task, overrides)
+        return from_workdir(storage.at(options["workdir"]), task, overrides)
     adapter = load(Path(options["adapter"]), overrides)
     return adapter if task is None else adapter.after(task)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mora_jax.errors import MoraError, exit_code
 from mora_jax.reporting import page
+from mora_jax.runtime import storage
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,9 +24,12 @@ class _Parser(argparse.ArgumentParser):
 def run(argv: Sequence[str]) -> None:
     """Everything but the handling of errors."""
     parser = _Parser(prog="python -m mora_jax.report", description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+", metavar="DIR", type=Path, help="the --workdir of a train run")
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", type=storage.at, help="the --workdir of a train run")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: report.html in DIR, for several in the current folder"
+        "--output",
+        type=storage.at,
+        metavar="FILE",
+        help="default: report.html in DIR, for several in the current folder",
     )
     arguments = parser.parse_args(argv)
     print(f"{page.write(arguments.workdirs, arguments.output)} written")

@@ -8,6 +8,7 @@ model family for batches, a loss and predictions, the method for what is trained
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -23,27 +24,29 @@ import jax.numpy as jnp
 from mora_jax import config as configs
 from mora_jax import experiment
 from mora_jax.benchmarks import stream
-from mora_jax.errors import MoraError, exit_code
+from mora_jax.errors import MoraError
 from mora_jax.methods import bank as banks
 from mora_jax.methods import boundaries
 from mora_jax.methods.method import from_config
 from mora_jax.methods.presets import PRESETS
 from mora_jax.metrics.text import METRICS, metric
+from mora_jax.models import quantised
 from mora_jax.models.registry import MODELS
 from mora_jax.planning import report as plans
 from mora_jax.planning import topologies
 from mora_jax.reporting import page
-from mora_jax.runtime import distributed
+from mora_jax.runtime import distributed, hosts
 from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.display import Display
 from mora_jax.runtime.family import GateCounts, TrainData
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.progress import Progress, Stopped, StopSignals
-from mora_jax.runtime.results import Results
+from mora_jax.runtime.results import Results, versions
 from mora_jax.runtime.state import TrainState, count_parameters
 from mora_jax.runtime.step import TrainStep
 from mora_jax.runtime.steplog import StepLog
-from mora_jax.runtime.writers import ZERO_SHOT_ROW, MetricsLog, locked, row_name, write_lines
+from mora_jax.runtime.storage import locked
+from mora_jax.runtime.writers import ZERO_SHOT_ROW, MetricsLog, row_name, write_lines
 
 
 class Run:
@@ -53,24 +56,10 @@ class Run:
         self.config, self.workdir = config, workdir
         self.display, self.signals, self.started = Display(), StopSignals(), time.monotonic()
 
-        # ---------------------------------------------------------------- tasks, method, model
-        self.tasks = experiment.load_tasks(config)
-        self.names = [task.name for task in self.tasks]
-        self.lengths = configs.lengths(config, self.names, {task.name: task.epochs for task in self.tasks})
-        self.method = from_config(config.method, config.kernel)
-        for task in self.tasks:  # a missing split is known before any work
-            task.split(config.eval.split)
-            if self.method.trains and len(task.split("train")) < config.train.batch_size:
-                raise MoraError(
-                    f"task {task.name} has {len(task.split('train'))} training records, "
-                    f"fewer than one batch of train.batch_size={config.train.batch_size}"
-                )
-        self.mesh, self.family, self.sites = experiment.load_family(config, self.method, self.tasks)
-
-        # ---------------------------------------------------------------- what is trained, and how
-        self.optimizer = make_optimizer(config.train)
-        self.step = TrainStep(self.family.loss, self.optimizer, config.train.schedule, config.train.learning_rate)
-        self.bank = self.state = None
+        with hosts.together() as facts:
+            self.load()
+            facts |= {f"data of task {task.name}": task.digest for task in self.tasks}
+            facts["weights"] = self.family.identity
 
         # ---------------------------------------------------------------- where it goes
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -85,12 +74,38 @@ class Run:
             self.tasks,
             self.method,
             self.sites,
-            frozen_parameters=count_parameters(self.family.params),
+            frozen_parameters=count_parameters(quantised.plain(self.family.params)),
+            chance=[self.family.chance(task) for task in self.tasks],
             fingerprint=configs.digest({"config": self.fingerprint, "stream": self.stream_record()}),
             command=command,
             workdir=workdir,
             display=self.display,
         )
+
+    def load(self) -> None:
+        """Everything that does not depend on the workdir. Raises MoraError for what cannot be run."""
+        # ---------------------------------------------------------------- tasks, method, model
+        config = self.config
+        self.tasks = experiment.load_tasks(config)
+        self.names = [task.name for task in self.tasks]
+        self.lengths = configs.lengths(config, self.names, {task.name: task.epochs for task in self.tasks})
+        self.method = from_config(config.method, config.kernel)
+        for task in self.tasks:  # a missing split is known before any work
+            task.split(config.eval.split)
+            if self.method.trains and len(task.split("train")) < config.train.batch_size:
+                raise MoraError(
+                    f"task {task.name} has {len(task.split('train'))} training records, "
+                    f"fewer than one batch of train.batch_size={config.train.batch_size}"
+                )
+        self.mesh, self.family, self.sites = experiment.load_family(config, self.method, self.tasks)
+
+        # ---------------------------------------------------------------- what is trained, and how
+        if self.method.trains and distributed.chosen(config.mesh):
+            distributed.check_mesh(self.mesh, {}, config.train.batch_size, config.train.accumulate)
+        self.optimizer = make_optimizer(config.train)
+        c, parts = config.train, (config.train.accumulate, self.family.weight)
+        self.step = TrainStep(self.family.loss, self.optimizer, c.schedule, c.learning_rate, *parts)
+        self.bank = self.state = None
 
     # -------------------------------------------------------------------- resume
 
@@ -163,7 +178,8 @@ class Run:
             "random": f"every draw comes from seed {self.config.seed} and the task's number; there is no running state",
             "progress": dataclasses.asdict(p),
         }
-        self.checkpoints.save(self.arrays(self.bank, self.state if phase == "training" else None), meta)
+        arrays = self.arrays(self.bank, self.state if phase == "training" else None)
+        self.checkpoints.save(distributed.place(self.mesh, arrays), meta)
 
     # -------------------------------------------------------------------- one task
 
@@ -205,7 +221,7 @@ class Run:
                     "compiled": self.step.traces > traces,
                 }
                 log.add(row, metrics)
-                stop = self.signals.received is not None
+                stop = self.signals.here()
                 save = stop or (p.task_step % self.config.checkpoint.every_steps == 0 and p.task_step < steps)
                 log.settle(in_flight=0 if save or p.task_step == steps else 1)
                 p.task_seconds[index] = spent + time.monotonic() - started
@@ -235,7 +251,7 @@ class Run:
         examples = task.split(split)
 
         def check() -> None:
-            if self.signals.received is not None:
+            if self.signals.here():
                 raise Stopped
 
         title = f"  {row} -> {task.name}"
@@ -284,12 +300,18 @@ class Run:
         self.save("evaluated")
 
     def map_gates(self) -> None:
-        """Once, with the whole bank: the gates on the first evaluated record of every task."""
-        if not self.method.has_gates or self.results.gate_map_path.exists():
-            return
-        variables = {"params": self.family.params, "bank": self.bank}
-        maps = [self.family.gate_map(variables, task, task.split(self.config.eval.split)) for task in self.tasks]
-        self.results.write_gate_maps(dict(zip(self.names, maps, strict=True)))
+        """Once, at the end: the gates on the first evaluated record of every task, under the whole bank and, where no
+        later task changes a row, as they were right after that task.
+        """
+        last = len(self.tasks) - 1
+        lasting = boundaries.BOUNDARIES[self.method.boundary].lasting
+        for index in range(0 if lasting else last, last + 1) if self.method.has_gates else ():
+            if not hosts.gathered(self.results.gate_map_path(index).exists())[0]:
+                asked = self.tasks if index == last else [self.tasks[index]]
+                bank = banks.first(self.bank, self.method.live_after(index))
+                variables = {"params": self.family.params, "bank": bank}
+                maps = {t.name: self.family.gate_map(variables, t, t.split(self.config.eval.split)) for t in asked}
+                self.results.write_gate_maps(index, maps)
 
     # -------------------------------------------------------------------- the stream
 
@@ -307,7 +329,8 @@ class Run:
         self.write_results()
         self.map_gates()
         self.results.conclude(p)
-        self.draw_report()
+        if hosts.first():
+            self.draw_report()
 
     def draw_report(self) -> None:
         """report.html. The run is complete by now, so a drawing that fails is told and ends nothing."""
@@ -345,8 +368,8 @@ def dry_run(config: Any) -> None:
     plans.show(plan, Display())
 
 
-def run(argv: Sequence[str]) -> None:
-    """Everything but the handling of errors."""
+def teach(argv: Sequence[str]) -> None:
+    """Everything but the handling of errors. Raises Stopped once it has saved because it was asked to stop."""
     if {"-h", "--help"} & set(argv):
         print(configs.USAGE)
         return
@@ -354,22 +377,35 @@ def run(argv: Sequence[str]) -> None:
     if invocation.config is None:
         print_known()
         return
+    hosts.start(hosts.from_options(invocation.hosts))
     experiment.keep_compiled()
     if invocation.workdir is None:
         dry_run(invocation.config)
         return
     command = shlex.join(["python", "-m", "mora_jax.train", *argv])
-    with locked(invocation.workdir):
+    with contextlib.ExitStack() as stack:
+        with hosts.together() as facts:
+            facts |= configs.alike(invocation.config) | versions() | {"--workdir": str(invocation.workdir)}
+            stack.enter_context(locked(invocation.workdir))
+        with hosts.together():
+            if not invocation.workdir.exists():
+                raise MoraError(
+                    f"--workdir={invocation.workdir} of process 0 is not there; all hosts must see one folder"
+                )
         Run(invocation.config, invocation.workdir, command).teach()
+
+
+def run(argv: Sequence[str]) -> None:
+    """The same, where a run that was asked to stop has done its work."""
+    try:
+        teach(argv)
+    except Stopped:
+        Display().say("stopped as asked; the same command resumes")
 
 
 def main() -> int:
     """The exit code: 0 when done or stopped as asked, 2 after an error that was told in one line."""
-    try:
-        return exit_code(run, sys.argv[1:])
-    except Stopped:
-        print("stopped as asked; the same command resumes", flush=True)
-        return 0
+    return hosts.exit_code(run, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-pytest_plugins = ["launching", "interruptions", "parity"]  # fixtures that several files share
+pytest_plugins = ["launching", "interruptions", "parity", "bucket"]  # fixtures that several files share
 
 ROOT = Path(__file__).resolve().parent.parent
 # Real task data: never committed, so absent from most clones.

@@ -40,7 +40,7 @@ def remove(path: str) -> Callable[[Path], None]:
 RECORD = '{"prompt": "a", "answer": "b"}'
 # name -> (change of the data, options, what the line must hold)
 MISTAKES: Mapping[str, tuple[Callable[[Path], None] | None, dict[str, object], tuple[str, ...]]] = {
-    "benchmark": (None, {"benchmark.name": "trce"}, ("unknown benchmark 'trce'", "folder, packaged_text")),
+    "benchmark": (None, {"benchmark.name": "trce"}, ("unknown benchmark 'trce'", "folder, image_folder")),
     "model": (None, {"model.name": "lama"}, ("unknown model 'lama'", *MODELS)),
     "task": (None, {"benchmark.tasks": "colours,shapes"}, ("unknown task", "'shapes'", "colours, digits")),
     "task twice": (None, {"benchmark.tasks": "colours,colours"}, ("'colours' is named 2 times",)),

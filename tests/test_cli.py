@@ -120,7 +120,10 @@ def test_names_are_shown_as_they_are(
         (["--config=", "--workdir=w"], ["--config is missing"]),
         ([f"--config={CONFIG}"], ["--workdir is missing"]),
         ([f"--config={CONFIG}", "--workdir="], ["--workdir is missing"]),
-        (["--confg=x"], ["--confg", "legal: --config, --config.KEY, --workdir, --list, --dry_run, --help"]),
+        (
+            ["--confg=x"],
+            ["--confg", "legal: --config, --config.KEY, --workdir, --coordinator", "--list, --dry_run, --help"],
+        ),
         (["train"], ["train is not understood"]),
         (["--config"], ["--config needs a value"]),
         (["--config.seed", "--workdir=w"], ["--config.seed needs a value"]),

@@ -24,7 +24,8 @@ from mora_jax.models import clip_weights
 
 CONFIG = f"{ROOT}/configs/clip_cl.py"
 SOURCE = f"{CONFIG}:smoke,benchmark=image_folder"
-# Fewer sites and ranks compile faster.
+# Fewer sites and ranks compile faster, and unoptimised code twice as fast.
+FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 SMALL = {"method.rank": 4, "method.top_k": 4, "method.targets": "vision/attn/o,.*/mlp/up"}
 
 
@@ -48,7 +49,7 @@ def taught(pictures: Path, environment: dict[str, str], tmp_path_factory: pytest
     values |= {"benchmark__shots": 5, "train__steps_per_task": 40, "train__learning_rate": 0.02, "train__batch_size": 8}
     values |= {"train__class_bucket": 2, "method__capacity_bucket": 8}
     command = [*BINARY, f"--config={SOURCE}", f"--workdir={workdir}", *options(**values)]
-    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=SECONDS, check=True)
+    subprocess.run(command, cwd=ROOT, env=environment | FAST, capture_output=True, timeout=SECONDS, check=True)
     return workdir
 
 
@@ -108,7 +109,7 @@ def test_every_row_is_reproduced_from_the_workdir(taught: Path, main: Callable[.
     assert (run.code, run.err) == (0, "")
     told, found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8")), results(taught)
     assert [row["scores"] for row in told["rows"]] == [found["zero_shot"], *found["R"]]
-    assert told["rows"][-1]["active_experts_mean"] == found["active_experts_mean"]
+    assert told["rows"][-1]["active_experts_mean"] == pytest.approx(found["active_experts_mean"], abs=1e-3)
 
 
 def test_another_label_space_is_asked_for_in_evaluation(
@@ -154,8 +155,9 @@ def test_a_clip_generates_no_text(taught: Path, main: Callable[..., Ended]) -> N
 
 def test_a_killed_run_ends_like_one_that_was_not(world: World, pictures: Path) -> None:
     """Killed in training and again in evaluation; `world` gives the number of steps and the places of checkpoints."""
-    here = dataclasses.replace(world, data=pictures, config=SOURCE)
-    small = {key.replace(".", "__"): value for key, value in SMALL.items()} | {"method__capacity_bucket": 12}
+    here = dataclasses.replace(world, data=pictures, config=SOURCE, environment=world.environment | FAST)
+    small = {key.replace(".", "__"): value for key, value in SMALL.items()}
+    small |= {"method__capacity_bucket": 12, "method__targets": "vision/mlp/up"}
     reference, workdir = world.folder / "clip_reference", world.folder / "clip"
     assert here.run(reference, **small).code == 0
     for happened in (
@@ -206,15 +208,14 @@ def test_too_many_broken_pictures_stop_a_run(pictures: Path, main: Callable[...,
     refuse(main, SOURCE, tmp_path, said, "1 of the 6 pictures", benchmark__root=root, benchmark__eval_limit=0)
 
 
-def test_a_few_broken_pictures_are_skipped_and_counted(
-    environment: dict[str, str], binary: Callable[..., Ended], tmp_path: Path
-) -> None:
+def test_a_few_broken_pictures_are_skipped_and_counted(binary: Callable[..., Ended], tmp_path: Path) -> None:
     root = write_pictures(tmp_path / "data", {"shades": TASKS["shades"]}, {"train": 60, "test": 60})
     for split in ("train", "test"):
         (root / "shades" / split / "black" / "7.png").write_bytes(b"no picture")
     Image.new("I;16", (20, 20), 60000).save(root / "shades" / "test" / "white" / "0.png")
     given = {"benchmark__root": root, "benchmark__train_limit": 0, "benchmark__eval_limit": 0, "train__batch_size": 40}
-    run = binary(f"--config={SOURCE}", f"--workdir={tmp_path / 'w'}", *options(**given), "--config.eval.batch_size=60")
+    given |= {"eval__batch_size": 60, "method__targets": "vision/mlp/up"}
+    run = binary(f"--config={SOURCE}", f"--workdir={tmp_path / 'w'}", *options(**given), variables=FAST)
     assert run.code == 0
     told = [line for line in run.err.splitlines() if line.startswith("warning: skipped")]
     assert {line.split(":")[1] for line in told} == {f" skipped shades/{s}/black/7.png" for s in ("train", "test")}

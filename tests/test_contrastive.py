@@ -26,6 +26,7 @@ from mora_jax.methods import boundaries
 from mora_jax.methods.method import Method, from_config
 from mora_jax.models.clip import CLIP
 from mora_jax.models.registry import ClipModel, load_model
+from mora_jax.runtime import contrastive
 from mora_jax.runtime.contrastive import ClipFamily, contrastive_loss
 from mora_jax.runtime.distributed import AXES, make_mesh, shardings
 
@@ -267,3 +268,18 @@ def test_the_mesh_does_not_matter(model: ClipModel, tasks: list[PictureTask]) ->
 def test_the_kind_of_a_named_model_is_known_without_its_weights(weights: str) -> None:
     known = {name: experiment.kind_of({"name": name, "weights": weights}) for name in ("llama2-7b", "clip-vit-b16")}
     assert known == {"llama2-7b": "decoder", "clip-vit-b16": "clip"}
+
+
+def test_a_large_task_counts_gates_on_some_batches(
+    model: ClipModel, tasks: list[PictureTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine pictures in five batches: the first, third and fifth are counted, and the answers are the same."""
+    family = family_of(model, tasks, "mora", eval__batch_size=2)
+    prepared = family.prepare({"params": family.params, "bank": taught(family, family.clip.method)})
+    task = tasks[0]
+    whole = family.predict(prepared, task, task.split("test"), lambda n: None)
+    monkeypatch.setattr(contrastive, "COUNTED", 3)
+    some = family.predict(prepared, task, task.split("test"), lambda n: None)
+    assert some.texts == whole.texts
+    texts = prepared["classes"].gates[task.name].pairs
+    assert (whole.gates.pairs - texts, some.gates.pairs - texts) == (2 * 5 * 9, 2 * 5 * 5)

@@ -14,13 +14,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from launching import assert_refused
 
 from mora_jax import config as configs
 from mora_jax.errors import MoraError
 from mora_jax.methods import bank as banks
 from mora_jax.methods.method import from_config
 from mora_jax.models.registry import LanguageModel, load_model
-from mora_jax.runtime.distributed import AXES, abstract, make_mesh, place, place_batch
+from mora_jax.runtime.distributed import AXES, abstract, make_mesh, place, place_batch, whole_rows
 from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.state import TrainState
@@ -165,6 +166,26 @@ def test_batches_are_cut_over_data_and_fsdp_where_they_divide():
     np.testing.assert_array_equal(placed["length"], np.arange(8))
     odd = place_batch(mesh, {"tokens": np.zeros((6, 5), np.int32)})
     assert shard(odd["tokens"]) == (6, 5)
+    shared = place_batch(mesh, {"answers": np.zeros((8, 5)), "classes": np.zeros(4)})  # no rows, whatever their size
+    assert {name: shard(a) for name, a in shared.items()} == {"answers": (8, 5), "classes": (4,)}
+
+
+@pytest.mark.parametrize(("sizes", "rows", "whole"), [((8, 1, 1), 5, 8), ((2, 2, 2), 5, 8), ((1, 2, 4), 4, 4)])
+def test_evaluation_is_filled_up_to_equal_parts(sizes, rows, whole):
+    assert whole_rows(mesh_of(*sizes), rows) == whole
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ((8, 1, 1), ("mesh.data x mesh.fsdp = 8", "train.batch_size=4", "legal: a multiple of 8")),
+        ((1, 2, 4), ("mesh.model=4", "2 key and value heads", "legal: 1, 2")),
+        ((3, 1, 1), ("does not multiply to the 8 devices",)),
+    ],
+)
+def test_a_run_on_a_mesh_that_divides_nothing_is_refused_in_one_line(sizes, says, main, smoke):
+    mesh = {f"mesh__{axis}": size for axis, size in zip(AXES, sizes, strict=True)}
+    assert_refused(main(*smoke(**mesh)), *says)
 
 
 # ---------------------------------------------------------------- one step, many meshes

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from launching import Ended, assert_refused
-from workdirs import ANSWERS, GATES, MAP, RESULTS, SUMMARY, TASKS, Page, R, drawn, make, share
+from workdirs import ANSWERS, GATES, MAP, PICTURED, RESULTS, SUMMARY, TASKS, Page, R, drawn, make, share
 
 from mora_jax import report
 from mora_jax.errors import MoraError
@@ -258,6 +258,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "expert out of reach": (
         lambda folder: write_lines(folder / "gates" / "03_moods.jsonl", [MAP | {"sites": {"q": [[0, 4, 0.5]]}}]),
         ("03_moods.jsonl line 1: sites must hold",),
+    ),
+    "a picture of other patches": (
+        lambda folder: write_lines(folder / "gates" / "03_moods.jsonl", [PICTURED | {"tokens": ["class", *"abcde"]}]),
+        ("03_moods.jsonl line 1: picture must be null or a PNG with a class token and n x n patches",),
+    ),
+    "a picture that is none": (
+        lambda folder: write_lines(folder / "gates" / "03_moods.jsonl", [PICTURED | {"picture": "R0lGODlh"}]),
+        ("03_moods.jsonl line 1: picture must be null or a PNG",),
     ),
     "gate map": (text("gates/03_moods.jsonl", "[]\n"), ("03_moods.jsonl line 1 has no usable task",)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mora_jax.data.images import png
 from mora_jax.metrics import continual
 from mora_jax.reporting import page
 from mora_jax.runtime.writers import row_name, write_json, write_lines
@@ -67,6 +69,15 @@ MAP = {
     "tokens": ["one", " two", "\n"],
     "origins": ["colours", "colours", "digits", "digits"],
     "sites": {"attn/q": [[0, 1, 0.9], [1, 2, 0.25]]},
+}
+PICTURED = {
+    "task": "colours",
+    "layer": 1,
+    "truncated": False,
+    "tokens": ["class", "row 1, column 1", "row 1, column 2", "row 2, column 1", "row 2, column 2"],
+    "picture": base64.b64encode(png(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))).decode("ascii"),
+    "origins": ["colours", "colours", "digits", "digits"],
+    "sites": {"vision/attn/q": [[1, 0, 0.5], [1, 1, 0.25], [2, 3, 0.25], [4, 1, 0.5]]},
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.benchmarks.stream import SPLITS, Example, Task
+from mora_jax.data.files import read_json
 from mora_jax.errors import MoraError
 from mora_jax.metrics import text
 
@@ -54,24 +55,6 @@ def task_names(root: str) -> tuple[str, ...]:
             f"benchmark.root {root!r} has no task: no folder in it holds train.json, eval.json or test.json"
         )
     return names
-
-
-def read_json(path: Path) -> Any:
-    """The value in a UTF-8 JSON file; MoraError with the place of what is wrong in it."""
-    try:
-        # utf-8-sig: a byte-order mark, which some editors write, is not content.
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise MoraError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        lines = "; legal: one JSON list, not one record a line" if error.msg == "Extra data" else ""
-        raise MoraError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}{lines}") from None
-    except RecursionError:
-        raise MoraError(f"{path}: broken JSON: brackets nested too deep") from None
-    except ValueError as error:  # such as a number of more digits than Python reads
-        raise MoraError(f"{path}: broken JSON: {error}") from None
-    except OSError as error:
-        raise MoraError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _is_number(value: Any) -> bool:

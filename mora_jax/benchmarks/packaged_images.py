@@ -28,6 +28,7 @@ from PIL import Image
 from mora_jax.benchmarks.drawing import SIZES, balanced
 from mora_jax.benchmarks.pictures import Picture, PictureTask
 from mora_jax.data import packages
+from mora_jax.data.images import png
 from mora_jax.data.pickles import read_array
 from mora_jax.errors import MoraError, unknown
 
@@ -39,12 +40,6 @@ Drawn = Mapping[str, list[tuple[Item, str]]]  # of every split
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _png(pixels: UInt8[np.ndarray, "height width *channels"]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def _given(data: bytes) -> bytes:
     return data
 
@@ -52,7 +47,7 @@ def _given(data: bytes) -> bytes:
 def _pictures(drawn: Drawn) -> dict[str, tuple[Picture, ...]]:
     def picture(item: Item, label: str) -> Picture:
         source, content = item
-        return Picture(source, label, partial(_given, content if isinstance(content, bytes) else _png(content)))
+        return Picture(source, label, partial(_given, content if isinstance(content, bytes) else png(content)))
 
     return {split: tuple(picture(item, label) for item, label in items) for split, items in drawn.items()}
 

@@ -94,3 +94,10 @@ def normalise(
     shape = (1,) * (values.ndim - 1) + (3,)
     shift, width = (np.asarray(channel, np.float32).reshape(shape) for channel in (mean, std))
     return (values.astype(np.float32) / np.float32(255) - shift) / width
+
+
+def png(values: UInt8[np.ndarray, "height width *channels"]) -> bytes:
+    """The pixels as a PNG file: grey ones, or red, green and blue."""
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()

@@ -7,7 +7,8 @@ space is computed by the fused `ops.gated_projection`; every other point by the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -101,15 +102,23 @@ def _op_arguments(bank: Mapping, fresh: Mapping | None, method: Method) -> dict:
 
 
 def update(
-    x: Float[Array, "... d_in"], bank: Mapping, fresh: Mapping | None, method: Method
+    x: Float[Array, "... d_in"],
+    bank: Mapping,
+    fresh: Mapping | None,
+    method: Method,
+    cut: Mapping[str, Any] | None = None,
 ) -> Float[Array, "... d_out"]:
     """scale * sum_i g_i z_i b_i for one site, in the dtype of x.
+
+    `cut`: the arguments mesh, x_spec and kernel_spec of the fused op where there are several devices: each chooses
+    experts for its own tokens, and a kernel sees whole arrays. Everything else is partitioned by the compiler.
 
     `bank` holds keys [n, d_in], values [n, d_out] and live []; `fresh` the same without live, or None. Fresh experts
     exist only while a task is taught, so their absence means inference, and only then does the threshold act.
     """
     if _is_fused(method):
-        y = op.gated_projection(x, bank["keys"], bank["values"], **_op_arguments(bank, fresh, method))
+        project = partial(op.gated_projection_sharded, **cut) if cut else op.gated_projection
+        y = project(x, bank["keys"], bank["values"], **_op_arguments(bank, fresh, method))
         return (method.scale * y).astype(x.dtype)
     z, exists = _responses(x, bank, fresh)
     if not _is_plain(method):

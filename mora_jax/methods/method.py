@@ -65,6 +65,11 @@ class Method:
         """Whether experts compete; without that every expert is always on and there is nothing to report."""
         return self.trains and self.score != "constant"
 
+    @property
+    def portable(self) -> Method:
+        """The same, for arrays that the compiler cuts over a mesh on its own: with a kernel it cannot do that."""
+        return dataclasses.replace(self, implementation="xla")
+
     def adapts(self, site: str) -> bool:
         return self.trains and any(re.fullmatch(pattern, site) for pattern in self.targets)
 

@@ -240,9 +240,9 @@ def _simplification_lenient(prediction: str, answer: str, prompt: str) -> float:
 METRICS: dict[str, Metric] = {
     row.name: row
     for row in (
-        Metric("accuracy", string_equality, string_equality, labels=True),  # of names of classes
         Metric("exact_match", exact_match, _exact_match_lenient, labels=True),
         Metric("string_equality", string_equality, _string_equality_lenient, labels=True),
+        Metric("accuracy", string_equality, string_equality, labels=True),  # of names of classes
         Metric("choice", choice, choice, labels=True),
         Metric("last_number", last_number, _last_number_lenient, labels=False),
         Metric("fuzzy", fuzzy, _fuzzy_lenient, labels=False),

@@ -21,7 +21,8 @@ from mora_jax.errors import MoraError
 from mora_jax.models import clip_config, hf
 from mora_jax.models.clip import CLIP
 from mora_jax.models.clip_config import CLIPConfig
-from mora_jax.models.keytable import Entry, Params, check_shapes, fill
+from mora_jax.models.keytable import check_shapes
+from mora_jax.models.unread import Entry, Params, load, unread
 
 Layout = Literal["hf", "open_clip"]
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -164,7 +165,12 @@ def load_config(folder: Path) -> CLIPConfig:
 
 
 def load_params(folder: Path, config: CLIPConfig, dtype: Any) -> Params:
-    """The weights of a folder as numpy arrays of `dtype`; the host holds the model plus a few tensors.
+    """All weights of a folder as numpy arrays; see `open_params`."""
+    return load(open_params(folder, config, dtype))
+
+
+def open_params(folder: Path, config: CLIPConfig, dtype: Any) -> Params:
+    """The weights of a folder as `Unread` parameters of `dtype`.
 
     Raises MoraError for a broken file and for a missing, unexpected, wrongly shaped or non-float tensor, named: a model
     of another size is refused so.
@@ -176,7 +182,7 @@ def load_params(folder: Path, config: CLIPConfig, dtype: Any) -> Params:
     vision = config.vision
     model = f"a CLIP with {vision.layers} + {config.text.layers} layers and patches of {vision.patch_size} pixels"
     check_shapes(wanted, shapes, folder, model, lambda name: name.rpartition(".")[2] in _IGNORED)
-    return fill(wanted, param_shapes(config), dtype, lambda entry: read(entry.name))
+    return unread(wanted, param_shapes(config), dtype, read)
 
 
 def save_params(params: Params, config: CLIPConfig, folder: Path, layout: Layout = "hf") -> None:

@@ -6,12 +6,14 @@ time does not grow with depth, and every per-layer tensor is stacked on a leadin
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax.methods.method import Method
@@ -125,6 +127,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     method: Method | None
     dtype: Any
+    rows: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, x, cos, sin, mask, distance, cache: Cache | None, layer: PerLayer):
@@ -133,7 +136,7 @@ class Attention(nn.Module):
             mask = mask & (distance < layer.window)
         of_layer = layer.rotary if cos.shape[0] > 1 else 0  # a constant where all layers rotate alike
         cos, sin = (jax.lax.dynamic_index_in_dim(table, of_layer, keepdims=False) for table in (cos, sin))
-        dense = {"method": self.method, "dtype": self.dtype}
+        dense = {"method": self.method, "dtype": self.dtype, "rows": self.rows}
 
         def heads(name, count):
             y = Dense(count * c.head_dim, c.attention_bias, name=name, **dense)(x)
@@ -162,7 +165,7 @@ class Attention(nn.Module):
         weights = weights.astype(self.dtype).reshape(b, c.kv_heads, group * t, -1)
         y = jnp.einsum("bkqs,bksd->bkqd", weights, v)
         y = y.reshape(b, c.heads, t, c.head_dim).transpose(0, 2, 1, 3).reshape(b, t, -1)
-        return Dense(c.d_model, c.output_bias, name="o", **dense)(y), cache
+        return Dense(c.d_model, c.output_bias, narrows=True, name="o", **dense)(y), cache
 
 
 class MLP(nn.Module):
@@ -171,16 +174,28 @@ class MLP(nn.Module):
     config: DecoderConfig
     method: Method | None
     dtype: Any
+    rows: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, x):
         c = self.config
 
         def dense(name, features):
-            return Dense(features, c.mlp_bias, self.method, self.dtype, name=name)
+            narrows = name == "down"
+            return Dense(features, c.mlp_bias, self.method, self.dtype, self.rows, narrows, name=name)
 
         hidden = ACTIVATIONS[c.activation](dense("gate", c.d_ff)(x)) * dense("up", c.d_ff)(x)
         return dense("down", c.d_model)(hidden)
+
+
+def _kept(h: Float[Array, "b t d"], rows: NamedSharding | None) -> Float[Array, "b t d"]:
+    """h with its rows cut as the batch is. Without this the partitioner may cut d instead, like the input axis of the
+    weights: then each device holds all rows and sums of activations travel instead of weights.
+    """
+    if rows is None:
+        return h
+    ways = math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+    return h if h.shape[0] % ways else jax.lax.with_sharding_constraint(h, rows)
 
 
 class Layer(nn.Module):
@@ -189,22 +204,26 @@ class Layer(nn.Module):
     config: DecoderConfig
     method: Method | None
     dtype: Any
+    rows: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, carry, layer: PerLayer, cos, sin, mask, distance):
         h, cache = carry
-        c = self.config
+        rows, method = self.rows, self.method
+        if cache is not None and rows is not None:  # of single tokens the sums are smaller than the weights
+            rows, method = None, method and (method if rows.mesh.size == 1 else method.portable)
+        h, c = _kept(h, rows), self.config
 
         def norm(name, y):
             return RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name=name)(y)
 
-        attended, cache = Attention(c, self.method, self.dtype, name="attn")(
+        attended, cache = Attention(c, method, self.dtype, rows, name="attn")(
             norm("attn_norm", h), cos, sin, mask, distance, cache, layer
         )
         h = h + (norm("attn_post_norm", attended) if c.post_norms else attended)
-        fed = MLP(c, self.method, self.dtype, name="mlp")(norm("mlp_norm", h))
+        fed = MLP(c, method, self.dtype, rows, name="mlp")(norm("mlp_norm", h))
         h = h + (norm("mlp_post_norm", fed) if c.post_norms else fed)
-        return (h, cache), None
+        return (_kept(h, rows), cache), None
 
 
 class Decoder(nn.Module):
@@ -214,6 +233,7 @@ class Decoder(nn.Module):
     method: Method | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
+    rows: NamedSharding | None = None  # of hidden states on a mesh
 
     def setup(self):
         c = self.config
@@ -225,7 +245,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, *[nn.broadcast] * 4),
             length=c.layers,
-        )(c, self.method, self.dtype)
+        )(c, self.method, self.dtype, self.rows)
         self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset)
         if not c.tie_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, param_dtype=self.dtype)

@@ -16,7 +16,8 @@ import numpy as np
 
 from mora_jax.errors import MoraError
 from mora_jax.models.decoder_config import DecoderConfig
-from mora_jax.models.keytable import Params, assemble
+from mora_jax.models.keytable import assemble, unpermute_rotary
+from mora_jax.models.unread import Entry, Index, Params, load
 
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
@@ -75,11 +76,15 @@ def load_params(file: str | Path | GGUFFile, config: DecoderConfig, dtype: Any) 
                 f"known: {', '.join(TENSOR_TYPES)}"
             )
 
-    def read(name: str) -> np.ndarray:
-        tensor = file.tensors[name]
+    def read(entry: Entry, index: Index) -> np.ndarray:
+        tensor, heads = file.tensors[entry.name], entry.row.rotary
         # The same memory as a plain array: slicing a memmap costs more than dequantising the slice.
-        return gguf.quants.dequantize(tensor.data.view(np.ndarray), tensor.tensor_type)
+        stored, (rows, *others) = tensor.data.view(np.ndarray), index
+        if heads:  # which mixes rows
+            whole = gguf.quants.dequantize(stored, tensor.tensor_type)
+            return unpermute_rotary(whole, getattr(config, heads))[index]
+        return gguf.quants.dequantize(stored[rows], tensor.tensor_type)[:, *others]
 
     # GGUF lists dimensions from the innermost outwards, numpy the other way.
     shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in file.tensors.items()}
-    return assemble(config, dtype, "gguf", shapes, read, file.path)
+    return load(assemble(config, dtype, "gguf", shapes, read, file.path))

@@ -6,7 +6,7 @@ Only safetensors is read: pickles run code when loaded. Nothing from the folder 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from flax.traverse_util import flatten_dict
 from mora_jax.errors import MoraError
 from mora_jax.models import families
 from mora_jax.models.decoder_config import DecoderConfig
-from mora_jax.models.keytable import Entry, Params, assemble, entries, param_shape, rows
+from mora_jax.models.keytable import assemble, entries, param_shape, rows
+from mora_jax.models.unread import Entry, Index, Params, Read, load
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -61,9 +62,14 @@ def load_config(folder: Path) -> DecoderConfig:
 
 
 def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
-    """Read the weights of a folder, sharded or not, as numpy arrays of `dtype` in the decoder's layout.
+    """All weights of a folder as numpy arrays; see `open_params`."""
+    return load(open_params(folder, config, dtype))
 
-    The host holds the model in `dtype` plus a few tensors. Rotary frequency buffers, and the copy of the embeddings
+
+def open_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
+    """The weights of a folder, in one file or several, as `Unread` parameters of `dtype` in the decoder's layout.
+
+    Rotary frequency buffers, and the copy of the embeddings
     that some tied models store as `lm_head.weight`, are skipped. Raises MoraError for a folder without safetensors, a
     broken file, and a missing, unexpected, wrongly shaped or non-float tensor.
     """
@@ -76,8 +82,8 @@ def load_params(folder: Path, config: DecoderConfig, dtype: Any) -> Params:
     )  # fmt: skip
 
 
-def open_tensors(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """(the shape of every tensor in some safetensors files by its name, a function that reads one of them).
+def open_tensors(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Read]:
+    """(the shape of every tensor in some safetensors files by its name, a function that reads a part of one of them).
 
     Raises MoraError for a broken file; the function raises it for a tensor of another than a float dtype.
     """
@@ -91,13 +97,15 @@ def open_tensors(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
         except (OSError, safetensors.SafetensorError) as error:
             raise MoraError(f"{path}: not a readable safetensors file ({error})") from error
 
-    def read(name: str) -> np.ndarray:
-        path = owners[name]
+    def read(entry: Entry, index: Index) -> np.ndarray:
+        path = owners[entry.name]
         with safetensors.safe_open(path, framework="numpy") as file:  # opened anew: closing gives its pages back
-            kind = file.get_slice(name).get_dtype()
-            if kind not in _DTYPES:
-                raise MoraError(f"{path}: tensor {name!r} has dtype {kind}; known: {', '.join(_DTYPES)}")
-            return file.get_tensor(name)
+            stored = file.get_slice(entry.name)
+            if stored.get_dtype() not in _DTYPES:
+                known = ", ".join(_DTYPES)
+                raise MoraError(f"{path}: tensor {entry.name!r} has dtype {stored.get_dtype()}; known: {known}")
+            whole = all(cut == slice(0, size) for cut, size in zip(index, entry.stored_shape, strict=True))
+            return file.get_tensor(entry.name) if whole else stored[index]
 
     return shapes, read
 

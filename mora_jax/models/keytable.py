@@ -8,36 +8,18 @@ Readers and writers walk this table and hold no names of their own. Hugging Face
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from jaxtyping import Shaped
 
 from mora_jax.errors import MoraError
 from mora_jax.models.decoder_config import DecoderConfig
+from mora_jax.models.unread import Entry, Params, Read, unread
 
-READERS = 2  # tensors that are read at a time; each may be held twice, as stored and as it will be
-BLOCK = 128  # rows and columns of a transposed copy that stay in the cache
-# A nested dict of arrays, the "params" collection of a model.
-Params = dict[str, Any]
 Format = Literal["hf", "gguf"]
-
-
-class Stored(Protocol):
-    """What reading and writing must know of a kind of tensor in any key table.
-
-    `parts` are the parameters that one stored tensor holds, in equal shares along its first axis. `transform` turns it
-    into ours: "transpose" also flattens all axes but the first, as for the kernel of a convolution over patches.
-    """
-
-    @property
-    def parts(self) -> tuple[str, ...]: ...
-    @property
-    def transform(self) -> Literal["transpose", "none"]: ...
 
 
 @dataclass(frozen=True)
@@ -101,15 +83,6 @@ TABLE = (
 )  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """One stored tensor: its row, its layer (None outside a stack), its name and its shape in the file."""
-
-    row: Stored
-    layer: int | None
-    name: str
-    stored_shape: tuple[int, ...]
-
-
 def rows(config: DecoderConfig) -> list[Row]:
     """The rows of the table that a model with this config has."""
     return [row for row in TABLE if row.present(config)]
@@ -141,73 +114,18 @@ def assemble(
     dtype: Any,
     fmt: Format,
     shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], Shaped[np.ndarray, "..."]],
+    read: Read,
     source: object,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Params:
-    """Build the decoder's parameters from a file, one tensor at a time.
+    """The decoder's parameters in a file, none of which is read yet: see `unread.Unread`.
 
-    `shapes` maps every tensor of the file to its stored shape, `read` returns one of them in that shape. Each stacked
-    array is allocated once in `dtype`, so the host holds the model plus the tensors being read. Returns numpy arrays.
-    Raises MoraError, before anything is read, for a missing tensor, a wrong shape, or a tensor that the config has no
-    place for and that is not `ignored`.
+    `shapes` maps every tensor of the file to its stored shape, `read` returns a part of one of them. Raises MoraError
+    for a missing tensor, a wrong shape, or a tensor that the config has no place for and that is not `ignored`.
     """
     wanted = list(entries(config, fmt))
     check_shapes(wanted, shapes, source, _described(config), ignored)
-
-    def stored(entry: Entry) -> Shaped[np.ndarray, "..."]:
-        if fmt == "gguf" and entry.row.rotary:
-            return unpermute_rotary(read(entry.name), getattr(config, entry.row.rotary))
-        return read(entry.name)
-
-    return fill(wanted, {row.ours: param_shape(row, config) for row in rows(config)}, dtype, stored)
-
-
-def fill(
-    wanted: Collection[Entry],
-    sizes: Mapping[str, tuple[int, ...]],
-    dtype: Any,
-    read: Callable[[Entry], Shaped[np.ndarray, "..."]],
-) -> Params:
-    """The parameters of shapes `sizes` by path, numpy arrays of `dtype`, filled from the stored tensors `wanted`.
-
-    Each is allocated once; `read` returns an entry's tensor in its stored shape. Any model's key table can be read so.
-    """
-    dtype = np.dtype(dtype)
-    flat = {path: np.empty(shape, dtype) for path, shape in sizes.items()}
-
-    def store(entry: Entry) -> None:
-        row, tensor = entry.row, read(entry)
-        shares = [tensor] if len(row.parts) == 1 else np.split(tensor, len(row.parts))
-        for path, share in zip(row.parts, shares, strict=True):
-            target = flat[path] if entry.layer is None else flat[path][entry.layer]
-            if row.transform == "transpose":
-                _copy(share.reshape(len(share), -1), target, transposed=True)
-            else:
-                _copy(share, target, transposed=False)
-
-    with ThreadPoolExecutor(READERS) as pool:  # numpy and safetensors leave the interpreter free while they copy
-        for _ in pool.map(store, wanted):
-            pass
-    return unflatten_dict(flat, sep="/")
-
-
-def _copy(tensor: Shaped[np.ndarray, "..."], target: Shaped[np.ndarray, "..."], *, transposed: bool) -> None:
-    """target = tensor, or its transpose; cast to target's dtype.
-
-    As bit patterns, for numpy copies bfloat16 element by element; and in blocks, for a whole transpose leaves the cache
-    at every element.
-    """
-    if tensor.dtype != target.dtype:
-        tensor = tensor.astype(target.dtype)
-    bits = np.dtype(f"u{target.itemsize}")
-    tensor, target = tensor.view(bits), target.view(bits)
-    if not transposed:
-        target[...] = tensor
-        return
-    for i in range(0, target.shape[0], BLOCK):
-        for j in range(0, target.shape[1], BLOCK):
-            target[i : i + BLOCK, j : j + BLOCK] = tensor[j : j + BLOCK, i : i + BLOCK].T
+    return unread(wanted, {row.ours: param_shape(row, config) for row in rows(config)}, dtype, read)
 
 
 def unpermute_rotary(tensor: Shaped[np.ndarray, "rows *rest"], heads: int) -> Shaped[np.ndarray, "rows *rest"]:

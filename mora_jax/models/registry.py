@@ -15,7 +15,7 @@ import numpy as np
 
 from mora_jax.data import packages
 from mora_jax.errors import MoraError, unknown
-from mora_jax.models import clip_config, clip_weights, gguf, hf
+from mora_jax.models import clip_config, clip_weights, gguf, hf, quantised
 from mora_jax.models.clip import CLIP
 from mora_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
 from mora_jax.models.clip_tokenizer import ClipTokenizer
@@ -49,7 +49,7 @@ SMALL_CLIP = "mora_jax.runtime.pretraining:small_clip_folder"
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A decoder's sizes, its parameters (numpy or jax, nested dict), its tokenizer, and what identifies its weights."""
+    """A decoder's sizes, its parameters (numpy, jax or `Unread`), its tokenizer, and what identifies its weights."""
 
     config: DecoderConfig
     params: Mapping[str, Any]
@@ -63,7 +63,7 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class ClipModel:
-    """A CLIP's sizes, its parameters (numpy or jax, nested dict), its tokenizer, and what identifies its weights."""
+    """A CLIP's sizes, its parameters (numpy, jax or `Unread`), its tokenizer, and what identifies its weights."""
 
     config: CLIPConfig
     params: Mapping[str, Any]
@@ -93,7 +93,7 @@ def _from_gguf(path: Path, dtype: Any) -> LanguageModel:
 
 def _clip_from_folder(folder: Path, dtype: Any) -> ClipModel:
     config = clip_weights.load_config(folder)
-    params = clip_weights.load_params(folder, config, dtype)
+    params = clip_weights.open_params(folder, config, dtype)
     layout = clip_weights.layout_of(folder)
     files = folder.glob("*.safetensors") if layout == "hf" else [folder / clip_weights.OPEN_CLIP_WEIGHTS]
     return ClipModel(config, params, _clip_tokenizer(folder, config), _identity(files))
@@ -110,7 +110,7 @@ def _from_folder(folder: Path, dtype: Any) -> LanguageModel | ClipModel:
     if _kind_of_folder(folder) == "clip":
         return _clip_from_folder(folder, dtype)
     config = hf.load_config(folder)
-    params = hf.load_params(folder, config, dtype)
+    params = hf.open_params(folder, config, dtype)
     return LanguageModel(config, params, Tokenizer.from_folder(folder), _identity(folder.glob("*.safetensors")))
 
 
@@ -214,6 +214,7 @@ def kind_of(config: Mapping[str, Any]) -> Literal["decoder", "clip"]:
 def load_model(config: Mapping[str, Any], seed: int) -> LanguageModel | ClipModel:
     """The model that `config.model` names. Raises MoraError for unknown names and for weights that do not fit."""
     model = _row(config["name"]).load(config["weights"], np.dtype(DTYPES[config["dtype"]]), seed)
+    model = dataclasses.replace(model, params=quantised.coded(model.params, config.get("quantise", quantised.NONE)))
     if not isinstance(model, KINDS[kind_of(config)]):
         raise MoraError(f"model.weights={config['weights']!r} is of another kind than model.name={config['name']!r}")
     if model.tokenizer.vocab_size > model.vocab_size:

@@ -12,10 +12,9 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from mora_jax.data import text
-from mora_jax.errors import MoraError
 from mora_jax.methods import bank as banks
 from mora_jax.methods.method import Method, from_config
-from mora_jax.models.decoder_config import DecoderConfig
+from mora_jax.models import quantised
 from mora_jax.models.keytable import param_shape, rows
 from mora_jax.models.registry import DTYPES, LanguageModel
 from mora_jax.models.tokenizer import Tokenizer
@@ -53,9 +52,10 @@ class Work:
         self.config, self.mesh = config, mesh
         self.method: Method = from_config(config.method, KERNEL)
         self.sizes = decoder_config(config.model)
-        check_mesh(mesh, self.sizes, config.train.batch_size if self.method.trains else 0)
         model = LanguageModel(self.sizes, self._params(), Tokenizer.byte_level(), "shapes only")
         self.family = LanguageFamily(model, self.method, config, mesh)
+        batch_size = config.train.batch_size if self.method.trains else 0
+        distributed.check_mesh(mesh, self.family.heads, batch_size, config.train.accumulate)
         self.sites = banks.find_sites(self.family.params, self.family.site_kinds, self.method)
         self.capacity = self.method.capacity(tasks - 1) if self.method.trains else 0
         self.bank = self._placed(lambda: banks.empty(self.sites, self.capacity))
@@ -63,9 +63,9 @@ class Work:
         self.lengths = Lengths(train.max_prompt_tokens or PROMPT_TOKENS, train.max_answer_tokens or ANSWER_TOKENS)
 
     def _params(self) -> dict[str, Any]:
-        dtype = DTYPES[self.config.model.dtype]
-        shapes = {row.ours: jax.ShapeDtypeStruct(param_shape(row, self.sizes), dtype) for row in rows(self.sizes)}
-        return unflatten_dict(shapes, sep="/")
+        model = self.config.model
+        shapes = {row.ours: param_shape(row, self.sizes) for row in rows(self.sizes)}
+        return unflatten_dict(quantised.stored(shapes, DTYPES[model.dtype], model.quantise), sep="/")
 
     def _placed(self, make: Callable[[], Any]) -> Any:
         return distributed.place(self.mesh, jax.eval_shape(make))
@@ -78,7 +78,8 @@ class Work:
     def train(self) -> Step:
         """The train step on the longest batch: every row full, and any of its tokens may belong to the answer."""
         c, optimizer = self.config.train, make_optimizer(self.config.train)
-        step = TrainStep(self.family.loss, optimizer, c.schedule, c.learning_rate)
+        parts = (c.accumulate, self.family.weight)
+        step = TrainStep(self.family.loss, optimizer, c.schedule, c.learning_rate, *parts)
         fresh = self._placed(lambda: TrainState.create(banks.new_fresh(self.sites, self.method, 0, 0), optimizer))
         horizon = self._placed(lambda: jnp.float32(1))
         b, t = c.batch_size, text.bucket(sum(self.lengths), c.length_bucket, sum(self.lengths))
@@ -90,7 +91,8 @@ class Work:
         """Answers to one batch of prompts, all of the longest: the prompt in one pass, then token by token."""
         c = self.config.eval
         capacity = text.bucket(c.max_new_tokens or self.lengths.answer, ANSWER_BUCKET, 1 << 30)
-        batch = self._batch(tokens=(c.batch_size, self.lengths.prompt), length=(c.batch_size,))
+        b = distributed.whole_rows(self.mesh, c.batch_size)
+        batch = self._batch(tokens=(b, self.lengths.prompt), length=(b,))
         variables = {"params": self.family.params} | ({"bank": self.bank} if self.method.trains else {})
         most = self._placed(lambda: jnp.int32(1))
         groups = {"frozen": self.family.params, "bank": self.bank}
@@ -104,24 +106,11 @@ class Work:
         )
 
 
-def check_mesh(mesh: Mesh, sizes: DecoderConfig, batch_size: int) -> None:
-    """MoraError for a mesh that divides neither heads nor batch: GSPMD would repeat the work instead of sharing it."""
-    ways, model = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["model"]
-    if batch_size % ways:
-        raise MoraError(
-            f"mesh.data x mesh.fsdp = {ways} does not divide train.batch_size={batch_size}; legal: a multiple of {ways}"
-        )
-    for name, heads in (("heads", sizes.heads), ("key and value heads", sizes.kv_heads)):
-        if heads % model:
-            legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise MoraError(f"mesh.model={model} does not divide the model's {heads} {name}; legal: {legal}")
-
-
 def bytes_of(tree: Any) -> tuple[float, float]:
     """(bytes that one device holds, bytes of the whole) of a tree of shapes with shardings, without padding."""
     held = whole = 0.0
     for leaf in jax.tree.leaves(tree):
-        width = np.dtype(leaf.dtype).itemsize
+        width = quantised.bits(leaf.dtype) / 8
         held += width * float(np.prod(leaf.sharding.shard_shape(leaf.shape)))
         whole += width * float(np.prod(leaf.shape))
     return held, whole

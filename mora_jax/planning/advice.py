@@ -7,6 +7,7 @@ from typing import Any
 from mora_jax.planning.abstract import Work
 from mora_jax.planning.compiled import ACTIVATIONS
 from mora_jax.planning.topologies import Target
+from mora_jax.runtime.distributed import ways
 
 LARGE = 1 / 3  # of what is available: from there on a group is worth a line
 
@@ -35,6 +36,8 @@ def _of_frozen(sizes: dict[str, Any], work: Work, aim: Target) -> list[str]:
     shape, lines = work.mesh.shape, []
     if work.config.model.dtype == "float32":
         lines.append(f"model.dtype=bfloat16 halves the frozen weights ({_gib(sizes['frozen'])})")
+    elif work.config.model.quantise == "none":
+        lines.append(f"model.quantise=int8 about halves the frozen weights ({_gib(sizes['frozen'])}), nf4 halves again")
     if shape["data"] > 1:
         cut = sizes["frozen"] / shape["data"]
         lines.append(
@@ -47,12 +50,16 @@ def _of_frozen(sizes: dict[str, Any], work: Work, aim: Target) -> list[str]:
 
 
 def _of_train(work: Work) -> list[str]:
-    c, ways = work.config, work.mesh.shape["data"] * work.mesh.shape["fsdp"]
+    c, least = work.config, ways(work.mesh)
     lines = []
     if c.model.remat != "full":
         lines.append(f"model.remat=full keeps less for the backward pass than {c.model.remat}, at the cost of time")
-    if c.train.batch_size > ways:
-        lines.append(f"a smaller train.batch_size than {c.train.batch_size}: {ways} is one row on each device")
+    if c.train.batch_size > least * c.train.accumulate:
+        parts = c.train.batch_size // least
+        lines.append(
+            f"train.accumulate={parts} takes the batch in parts with one row on each device, at the cost of time"
+        )
+        lines.append(f"a smaller train.batch_size than {c.train.batch_size}: {least} is one row on each device")
     if work.mesh.shape["model"] == 1 and work.sizes.heads > 1:
         lines.append("mesh.model=2 or more cuts heads and hidden features, if mesh.data or mesh.fsdp is made smaller")
     lengths = f"{work.lengths.prompt} + {work.lengths.answer}"
@@ -61,8 +68,6 @@ def _of_train(work: Work) -> list[str]:
 
 
 def _of_decode(work: Work) -> list[str]:
-    rows, ways = work.config.eval.batch_size, work.mesh.shape["data"] * work.mesh.shape["fsdp"]
-    if rows % ways:
-        return [f"eval.batch_size={rows} is not a multiple of {ways}, so every device decodes all rows: make it one"]
-    lines = [f"a smaller eval.batch_size than {rows}"] if rows > ways else []
+    rows = work.config.eval.batch_size
+    lines = [f"a smaller eval.batch_size than {rows}"] if rows > ways(work.mesh) else []
     return [*lines, "a smaller train.max_prompt_tokens or eval.max_new_tokens"]

@@ -51,6 +51,7 @@ def make_plan(config: Any, aim: Target, devices: Sequence[Any], tasks: int) -> d
         "mesh": dict(mesh.shape),
         "model": config.model.name,
         "dtype": config.model.dtype,
+        "quantise": config.model.quantise,
         "remat": config.model.remat,
         "method": config.method.name,
         "kernel": KERNEL,
@@ -87,6 +88,7 @@ def show(plan: dict[str, Any], display: Display) -> None:
     facts = {
         "topology": f"{plan['topology']}: {plan['devices']} devices, mesh {mesh}",
         "model": f"{plan['model']}, {plan['dtype']}, remat {plan['remat']}, kernel {plan['kernel']}",
+        "frozen kernels": plan["dtype"] if plan["quantise"] == "none" else plan["quantise"],
         "method": f"{plan['method']}, {plan['tasks']} tasks, {experts}",
         "batch": f"train {size['train']} x ({tokens['prompt']} + {tokens['answer']} tokens), decode {size['decode']}",
         "chip": _figures(chip) if chip else "no figures for this device",

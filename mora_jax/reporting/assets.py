@@ -78,6 +78,13 @@ svg text.own { fill: var(--c); font-weight: 600; }
 .gate { fill: var(--c); }
 .group { fill: none; stroke: var(--rule); }
 .map text { font-size: 12px; }
+h3 { font-size: .95rem; margin: .9rem 0 .4rem; }
+.patches { display: flex; flex-wrap: wrap; gap: .8rem; margin: .3rem 0 .6rem; }
+.patches > div { width: 132px; line-height: 1.25; overflow-wrap: anywhere; }
+.patches svg { display: block; border-radius: 4px; margin-bottom: .25rem; image-rendering: pixelated; }
+.patches small { display: block; }
+.veil { fill: var(--paper); }
+.silent { fill: var(--ink); }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); }
 .s4 { --c: var(--c4); } .s5 { --c: var(--c5); } .s6 { --c: var(--c6); } .s7 { --c: var(--c7); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .15rem 1rem; margin: .5rem 0 0; padding: 0;

@@ -12,6 +12,7 @@ from mora_jax.reporting.charts import Axis, Series, line_chart, scatter
 from mora_jax.reporting.markup import Markup, breakable, el, number, section, table
 from mora_jax.reporting.single import PERCENT, command, matrix, stream_ticks, task_curve
 from mora_jax.reporting.workdir import Workdir
+from mora_jax.runtime import storage
 
 STREAM = ("benchmark", "tasks", "metric", "eval_examples")  # what runs must share before their scores compare
 Runs = Sequence[tuple[str, Workdir]]  # each with a name of its own
@@ -19,7 +20,7 @@ Runs = Sequence[tuple[str, Workdir]]  # each with a name of its own
 
 def named(runs: Sequence[Workdir]) -> Runs:
     """Numbers the runs and names each by the end of its path, as much of it as tells them apart."""
-    parts = [run.path.resolve().parts for run in runs]
+    parts = [storage.absolute(run.path).parts for run in runs]
     depth = next(n for n in range(1, 99) if len({p[-n:] for p in parts}) == len(parts))
     return [(f"{i + 1} {Path(*p[-depth:])}", run) for i, (p, run) in enumerate(zip(parts, runs, strict=True))]
 

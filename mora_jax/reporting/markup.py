@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-VOID = ("meta", "wbr", "rect", "line", "path", "circle")  # elements without an end tag
+VOID = ("meta", "wbr", "rect", "line", "path", "circle", "image")  # elements without an end tag
 
 
 class Markup(str):

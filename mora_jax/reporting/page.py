@@ -8,24 +8,25 @@ from pathlib import Path
 
 import mora_jax
 from mora_jax.errors import MoraError
-from mora_jax.reporting import comparison, single
+from mora_jax.reporting import comparison, gatemaps, picturemaps, single
 from mora_jax.reporting.assets import SCRIPT, STYLE
 from mora_jax.reporting.markup import Markup, el
 from mora_jax.reporting.workdir import read
-from mora_jax.runtime.writers import write_text
+from mora_jax.runtime import storage
 
 FILE = "report.html"
-# The page may load nothing, from nowhere.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# The page may load nothing, from nowhere; its pictures lie in it.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def write(workdirs: Sequence[Path], output: Path | None = None) -> Path:
     """Draws one run, or several side by side, and returns where to.
 
-    The default is report.html in the workdir, for several in the current folder. Raises MoraError for workdirs that
-    cannot be drawn and for a file that cannot be written.
+    The default is report.html in the workdir, for several in the current folder. Gate maps of one run on pictures also
+    become PNG files, in a folder `gates` beside it. Raises MoraError for workdirs that cannot be drawn and for a file
+    that cannot be written.
     """
-    if len({path.resolve() for path in workdirs}) < len(workdirs):
+    if len({storage.absolute(path) for path in workdirs}) < len(workdirs):
         raise MoraError("a workdir was given twice; name each run once")
     runs = [read(path) for path in workdirs]
     alone = len(runs) == 1
@@ -35,7 +36,8 @@ def write(workdirs: Sequence[Path], output: Path | None = None) -> Path:
     if file.is_dir():
         raise MoraError(f"{file} is a folder; the report needs a file, such as {file / FILE}")
     try:
-        write_text(file, text)
+        storage.write_text(file, text)
+        picturemaps.write(file.parent / "gates", gatemaps.panels(runs[0]) if alone else ())
     except OSError as problem:
         raise MoraError(f"{file} cannot be written: {os.strerror(problem.errno)}") from None
     return file

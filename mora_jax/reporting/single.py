@@ -147,7 +147,7 @@ def training(run: Workdir) -> Markup | None:
     chart = line_chart(
         [Series("loss", smooth, marks=len(smooth) == 1, faint=points)],
         Axis("train step, all tasks"),
-        Axis("mean over answer tokens", low=0),
+        Axis("loss", low=0),
         regions=regions,
         title="Training loss (thin: as logged; thick: running mean; numbers: tasks)",
     )
@@ -164,13 +164,13 @@ def gates(run: Workdir) -> Markup | None:
     active = line_chart(
         [Series("active", [(n, row["active_experts_mean"]) for n, row in bank])],
         axis,
-        Axis("per prompt token and site", low=0),
+        Axis("per token and site", low=0),
         title="Active experts against bank size",
     )
     none = line_chart(
         [Series("none", [(n, 100 * row["tokens_without_expert"]) for n, row in bank])],
         axis,
-        Axis("percent of prompt tokens and sites", low=0),
+        Axis("percent of tokens and sites", low=0),
         title="Tokens without any active expert against bank size",
     )
     entries = [entry for row in rows for entry in (row, *row["on"].values())]
@@ -185,7 +185,7 @@ def gates(run: Workdir) -> Markup | None:
         )
     )
     note = (
-        "Over the prompt tokens of the evaluated examples and all sites; "
+        "Over what the model reads of the evaluated examples (of CLIP also the class texts) and all sites; "
         "a gate of next to nothing does not count as active. A colour is the task whose training made the expert."
     )
     return section("Gates", el("div", active, none, *bars, class_="pair"), gatemaps.draw(run), note=note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -10,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import MoraError
+from mora_jax.runtime import storage
 from mora_jax.runtime.writers import ZERO_SHOT_ROW, read_lines, row_name
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """One run. `predictions` and `gate_maps` hold what is there; an unfinished run has less of everything."""
+    """One run. `predictions` and `gate_maps` hold what is there; an unfinished run has less of everything.
+
+    gate_maps: rows of R -> maps of one record each: of all tasks under the last row, of its own task under another.
+    """
 
     path: Path
     results: dict[str, Any]
     steps: list[dict[str, Any]]
     predictions: dict[str, dict[str, list[dict[str, Any]]]]  # row -> task -> records
-    gate_maps: list[dict[str, Any]]
+    gate_maps: dict[str, list[dict[str, Any]]]
 
     @property
     def tasks(self) -> list[str]:
@@ -29,7 +34,7 @@ class Workdir:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return storage.absolute(self.path).name
 
     @property
     def taught(self) -> int:
@@ -103,10 +108,23 @@ def _inside(row: dict[str, Any]) -> bool:
     )
 
 
+def _square(row: dict[str, Any]) -> bool:
+    """Whether the tokens of a map are those of its picture, where it has one; maps before CLIP have no such key."""
+    picture, patches = row.get("picture"), len(row["tokens"]) - 1
+    if picture is None:
+        return True
+    try:
+        png = base64.b64decode(picture, validate=True)
+    except (TypeError, ValueError):
+        return False
+    return png.startswith(PNG) and patches > 0 and math.isqrt(patches) ** 2 == patches
+
+
 def _text(value: Any, tasks: int) -> bool:
     return isinstance(value, str)
 
 
+PNG = b"\x89PNG\r\n\x1a\n"
 # What a report cannot do without: key of results.json -> (is it legal, given the number of tasks; in words).
 NEEDED: Mapping[str, tuple[Callable[[Any, int], bool], str]] = {
     "tasks": (_texts, "a list of names"),
@@ -160,18 +178,24 @@ def read(path: Path) -> Workdir:
         }
         for row in rows
     }
-    last = path / "gates" / f"{rows[-1]}.jsonl"
-    maps = _records(last, GATE_MAP) if last.is_file() else []
-    for number, row in enumerate(maps, 1):
-        if not _inside(row):
-            raise MoraError(f"{last} line {number}: sites must hold [token, expert, gate] of its tokens and origins")
     return Workdir(
         path=path,
         results=results,
         steps=_steps(path / "metrics.jsonl"),
         predictions={row: found for row, found in predictions.items() if found},
-        gate_maps=maps,
+        gate_maps={row: maps for row in rows[1:] if (maps := _gate_maps(path / "gates" / f"{row}.jsonl"))},
     )
+
+
+def _gate_maps(file: Path) -> list[dict[str, Any]]:
+    """The maps of one row of R, none where there is no file."""
+    maps = _records(file, GATE_MAP) if file.is_file() else []
+    for number, row in enumerate(maps, 1):
+        if not _inside(row):
+            raise MoraError(f"{file} line {number}: sites must hold [token, expert, gate] of its tokens and origins")
+        if not _square(row):
+            raise MoraError(f"{file} line {number}: picture must be null or a PNG with a class token and n x n patches")
+    return maps
 
 
 def _json(file: Path) -> Any:

@@ -7,11 +7,11 @@ was never finished and counts as absent.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mora_jax.errors import MoraError
+from mora_jax.runtime import hosts, storage
 from mora_jax.runtime.writers import write_json
 
 MANIFEST = "MANIFEST.json"
@@ -35,7 +36,7 @@ def _name(step: int, task: int, phase: str) -> str:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in storage.files_below(folder) if p.name != MANIFEST)
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -57,7 +58,7 @@ def _damage(folder: Path) -> str | None:
 def _check_space(folder: Path, arrays: Any) -> None:
     """Raises OSError while there is still nothing to clean up; orbax's threads would each print a traceback."""
     need = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) * 5 // 4 + (1 << 16)  # orbax adds its own files
-    free = shutil.disk_usage(folder).free
+    free = storage.free_bytes(folder)
     if free < need:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes are free, about {need} are needed")
 
@@ -79,21 +80,27 @@ class Checkpoints:
         """Writes a checkpoint; `meta` holds at least step (global), task and phase. Raises MoraError if it cannot."""
         folder = self.folder / _name(meta["step"], meta["task"], meta["phase"])
         try:
-            if folder.exists():
-                self._remove(folder)
-            folder.mkdir(parents=True)
-            _check_space(folder, arrays)
-            self._orbax.save(folder.absolute() / "arrays", arrays)
+            if hosts.first():
+                if folder.exists():
+                    self._remove(folder)
+                folder.mkdir(parents=True)
+                _check_space(folder, arrays)
+            # Every process writes the shards that it holds.
+            self._orbax.save(storage.absolute(folder) / "arrays", arrays)
             self._orbax.wait_until_finished()
-            write_json(folder / "meta.json", meta)
-            write_json(folder / MANIFEST, _sums(folder))
+            hosts.wait()
+            if hosts.first():
+                write_json(folder / "meta.json", meta)
+                write_json(folder / MANIFEST, _sums(folder))
         except Exception as problem:  # orbax and tensorstore have no common error for a full or read-only disk
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                storage.remove_folder(folder)
             reason = str(problem).strip()[-200:]  # what the operating system said stands last
             raise MoraError(
                 f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are untouched"
             ) from problem
-        self._thin(meta)
+        if hosts.first():
+            self._thin(meta)
         return folder
 
     def restore(self, target: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any] | None:
@@ -101,14 +108,18 @@ class Checkpoints:
 
         Damaged ones are named on stderr and passed over. Raises MoraError if all that exist are damaged.
         """
-        for folder in self.folder.glob("*/"):
-            if not (folder / MANIFEST).exists():  # a save or a removal that was cut short
-                shutil.rmtree(folder)
-        found = self._newest_intact(lambda task, phase: True)
+        newest = None
+        with hosts.together():
+            if hosts.first():
+                for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+                    if folder.is_dir() and not (folder / MANIFEST).exists():  # a save or removal that was cut short
+                        storage.remove_folder(folder)
+                newest = self._newest_intact(lambda task, phase: True)
+        found = hosts.gathered(newest and (newest[0].name, newest[1]))[0]
         if found is None:
             return None
-        folder, meta = found
-        return meta, self._orbax.restore(folder.absolute() / "arrays", target(meta))
+        name, meta = found
+        return meta, self._orbax.restore(storage.absolute(self.folder / name) / "arrays", target(meta))
 
     def read(self, wanted: Callable[[int, str], bool] = lambda task, phase: True) -> tuple[dict[str, Any], Any] | None:
         """(meta, numpy arrays) of the newest intact checkpoint with `wanted(task, phase)`, task from 0; None without.
@@ -120,7 +131,7 @@ class Checkpoints:
             return None
         folder, meta = found
         with ocp.PyTreeCheckpointer() as reader:
-            path = folder.absolute() / "arrays"
+            path = storage.absolute(folder) / "arrays"
             described = reader.metadata(path).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
             return meta, reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
@@ -140,7 +151,7 @@ class Checkpoints:
             if damage is None:
                 return folder, json.loads((folder / "meta.json").read_text())
             print(f"checkpoint {folder.name} is damaged and passed over: {damage}", file=sys.stderr, flush=True)
-            damaged.append(folder.name)
+            damaged.append(f"{folder.name}: {damage}")
         if damaged:
             raise MoraError(
                 f"every checkpoint in {self.folder} is damaged ({', '.join(damaged)}); use another --workdir"
@@ -160,4 +171,4 @@ class Checkpoints:
     @staticmethod
     def _remove(folder: Path) -> None:
         (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a kill in between leaves no half with a manifest
-        shutil.rmtree(folder)
+        storage.remove_folder(folder)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax.benchmarks.pictures import Picture, PictureTask
 from mora_jax.data import pictures
@@ -24,10 +25,12 @@ from mora_jax.errors import MoraError
 from mora_jax.methods.method import Method
 from mora_jax.models.clip import CLIP, end_of_text, site_kinds
 from mora_jax.models.registry import DTYPES, ClipModel
-from mora_jax.runtime.distributed import place, place_batch
+from mora_jax.runtime.distributed import place, place_batch, whole_rows
 from mora_jax.runtime.family import GateCounts, GateMap, TrainData, count_gates
 
 TEXT_BUCKET = 8  # tokens: class texts are padded to a multiple of it
+# Most batches of a task on which gates are counted, spread evenly: with 160 experts a site counting costs a fifth more.
+COUNTED = 16
 
 
 def contrastive_loss(clip: CLIP, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
@@ -67,11 +70,13 @@ class ClipFamily:
     """A CLIP with its tokenizer, placed on a mesh, ready for a stream of tasks with pictures (see `family.Family`)."""
 
     rate = "examples"
+    weight = None  # pictures are compared with each other: no sum over parts of a batch
 
     def __init__(
         self, model: ClipModel, method: Method, config: Mapping[str, Any], mesh: Mesh, tasks: Sequence[PictureTask]
     ):
         self.config, self.mesh, self.identity = config, mesh, model.identity
+        method = method.portable if mesh.size > 1 else method
         self.clip = CLIP(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
         self.params = place(mesh, model.params)
         self.sizes, self._tokenizer = model.config, model.tokenizer
@@ -81,13 +86,18 @@ class ClipFamily:
         texts = [text for task in tasks for text in _texts(task, len(task.templates))]
         longest = max((int(np.argmax(row)) for row in self._tokenizer(texts) == self._tokenizer.end_id), default=0) + 1
         self.width = min(-(-longest // TEXT_BUCKET) * TEXT_BUCKET, model.config.text.context)
-        self._embed_texts = jax.jit(self._text_points)
-        self._choose = jax.jit(self._choice)
-        self._map = jax.jit(self._collect)
+        whole = NamedSharding(mesh, P())  # every process reads the answers
+        self._embed_texts = jax.jit(self._text_points, out_shardings=whole)
+        self._choose = jax.jit(self._choice, static_argnames="count", out_shardings=whole)
+        self._map = jax.jit(self._collect, out_shardings=whole)
 
     @property
     def site_kinds(self) -> dict[tuple[str, ...], str]:
         return site_kinds(self.params)
+
+    @property
+    def heads(self) -> dict[str, int]:
+        return {"heads of pictures": self.sizes.vision.heads, "heads of texts": self.sizes.text.heads}
 
     def loss(self, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
         return contrastive_loss(self.clip, variables, batch)
@@ -121,6 +131,14 @@ class ClipFamily:
         plan = pictures.TrainPlan(reader, labels, order, constant)
         return TrainData(pictures.pipeline(plan), len(plan), skipped=reader.skipped)
 
+    def _legal(self, task: PictureTask) -> Bool[np.ndarray, " classes"]:
+        """The classes that pictures of a task are compared with."""
+        own = np.array([name == task.name for name, _ in self.classes])
+        return own if self.config["eval"]["label_space"] == "own" else np.ones_like(own)
+
+    def chance(self, task: PictureTask) -> float:
+        return 100.0 / self._legal(task).sum()
+
     def _reader(self, task: PictureTask, records: Sequence[Picture]) -> pictures.Reader:
         return pictures.Reader(records, self.sizes.vision.image_size, f"task {task.name}")
 
@@ -137,7 +155,7 @@ class ClipFamily:
 
     def _points(self, variables: Mapping[str, Any], texts: Sequence[str]) -> tuple[np.ndarray, GateCounts]:
         """[texts, d_embed], and the gates on their tokens."""
-        tokens, size = self._tokens(texts), self.config["eval"]["batch_size"]
+        tokens, size = self._tokens(texts), whole_rows(self.mesh, self.config["eval"]["batch_size"])
         points, gates = [], GateCounts()
         for start in range(0, len(tokens), size):
             rows = tokens[start : start + size]
@@ -167,22 +185,24 @@ class ClipFamily:
         """The class nearest to each picture, of the classes that `eval.label_space` allows."""
         variables = dict(variables)
         classes: Classes = variables.pop("classes")
-        own = np.array([name == task.name for name, _ in self.classes])
-        legal = jnp.asarray(own if self.config["eval"]["label_space"] == "own" else np.ones_like(own))
-        size, texts, gates = self.config["eval"]["batch_size"], [], classes.gates[task.name]
-        batches = pictures.pipeline(pictures.ReadPlan(self._reader(task, examples), size))
-        for batch in batches:
-            placed = place_batch(self.mesh, batch)
-            chosen, counts = jax.device_get(self._choose(variables, classes.embeddings, legal, placed))
+        legal = place(self.mesh, self._legal(task))
+        size = whole_rows(self.mesh, self.config["eval"]["batch_size"])
+        texts, gates = [], classes.gates[task.name]
+        plan = pictures.ReadPlan(self._reader(task, examples), size)
+        every = -(-len(plan) // COUNTED)
+        for i, batch in enumerate(pictures.pipeline(plan)):
+            placed, count = place_batch(self.mesh, batch), i % every == 0
+            chosen, counts = jax.device_get(self._choose(variables, classes.embeddings, legal, placed, count=count))
             rows = min(size, len(examples) - len(texts))
             found = zip(chosen[:rows].tolist(), batch["real"], strict=False)
-            texts += [self._name(i, task) if real else None for i, real in found]
+            texts += [self._name(index, task) if real else None for index, real in found]
             gates += GateCounts.fetched(counts)
             after_batch(rows)
         return Classification(texts, gates)
 
-    def _choice(self, variables, classes, legal, batch):
-        points, told = self.clip.apply(variables, batch["pictures"], method=CLIP.embed_images, mutable=["stats"])
+    def _choice(self, variables, classes, legal, batch, *, count: bool):
+        told_of = ["stats"] if count else []
+        points, told = self.clip.apply(variables, batch["pictures"], method=CLIP.embed_images, mutable=told_of)
         logits = self.clip.apply(variables, points, classes, method=CLIP.logits)
         chosen = jnp.argmax(jnp.where(legal[None], logits, -jnp.inf), axis=-1)
         real = jnp.broadcast_to(batch["real"][:, None], (len(points), self.sizes.vision.positions))
@@ -206,7 +226,7 @@ class ClipFamily:
         found = jax.device_get(self._map(variables, batch, layer))
         sites = {"/".join((path[0], *path[2:-1])): g[0] for path, g in flatten_dict(found).items()}
         tokens = ["class", *(f"row {i + 1}, column {j + 1}" for i in range(side) for j in range(side))]
-        return GateMap(tokens, False, layer, sites)
+        return GateMap(tokens, False, layer, sites, picture)
 
     def _collect(self, variables, batch, layer):
         _, found = self.clip.apply(variables, batch["pictures"], method=CLIP.embed_images, mutable=["gates"])

@@ -13,18 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mora_jax.metrics.continual import CONVENTIONS
+from mora_jax.runtime import hosts
 
 # Colours of R from poor to good, on a dark and on a light terminal: (at least so many percent, style).
 SHADES = ((80, "bold green"), (60, "green"), (40, "yellow"), (20, "dark_orange"), (0, "red"))
 
 
 class Display:
-    """Prints to one console; width 120 where the output is not a terminal."""
+    """Prints to one console, of the first process only; width 120 where the output is not a terminal."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        quiet = not hosts.first()
+        self.console = Console(highlight=False, quiet=quiet)
         if not self.console.is_terminal:
-            self.console = Console(highlight=False, width=120)
+            self.console = Console(highlight=False, width=120, quiet=quiet)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ what its layer keeps in place. "pjit" is `jax.jit` over arrays with a `NamedShar
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,15 +17,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mora_jax.errors import MoraError
+from mora_jax.models.unread import Unread
 
 AXES = ("data", "fsdp", "model")
+ROW_AXES = ("data", "fsdp")  # over which the rows of a batch are cut
+# The arrays of a batch with one row per record (or per class text); what else a batch holds is the same for all rows.
+ROWS = frozenset({"tokens", "prompt", "length", "pictures", "labels", "texts", "real"})
 
 # Axis 0 of everything under `layers` is the scan over layers. Kernels that widen are cut (in, out) = (fsdp, model),
 # kernels that narrow the other way round, so that the activation between them stays cut over `model`.
 WIDE, NARROW = ("fsdp", "model"), ("model", "fsdp")
 RULES: tuple[tuple[str, P], ...] = (
-    (r"layers/.*(q|k|v|gate|up)/kernel", P(None, *WIDE)),
-    (r"layers/.*(o|down)/kernel", P(None, *NARROW)),
+    (r"layers/.*(q|k|v|gate|up)/kernel(_scale)?", P(None, *WIDE)),
+    (r"layers/.*(o|down)/kernel(_scale)?", P(None, *NARROW)),
     (r"layers/.*(q|k|v|gate|up)/keys", P(None, None, WIDE[0])),
     (r"layers/.*(q|k|v|gate|up)/values", P(None, None, WIDE[1])),
     (r"layers/.*(o|down)/keys", P(None, None, NARROW[0])),
@@ -46,6 +51,35 @@ def make_mesh(config: Mapping[str, int], devices: Sequence[Any] | None = None) -
     if int(np.prod(sizes)) != len(devices):
         raise MoraError(f"mesh.{{data,fsdp,model}}={sizes} does not multiply to the {len(devices)} devices here")
     return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def ways(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def whole_rows(mesh: Mesh, rows: int) -> int:
+    """So many rows, or the next number that every device has an equal part of."""
+    return -(-rows // ways(mesh)) * ways(mesh)
+
+
+def chosen(config: Mapping[str, int]) -> bool:
+    """Whether someone asked for this mesh; the default one takes what there is."""
+    return [config[axis] for axis in AXES] != [-1, 1, 1]
+
+
+def check_mesh(mesh: Mesh, heads: Mapping[str, int], batch_size: int = 0, accumulate: int = 1) -> None:
+    """MoraError for a mesh that divides neither heads (by name) nor batch: GSPMD would repeat work, not share it."""
+    each = ways(mesh) * accumulate
+    if batch_size % each:
+        parts = "mesh.data x mesh.fsdp" + (" x train.accumulate" if accumulate > 1 else "")
+        raise MoraError(f"{parts} = {each} does not divide train.batch_size={batch_size}; legal: a multiple of {each}")
+    for name, count in heads.items():
+        if count % mesh.shape["model"]:
+            legal = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            raise MoraError(
+                f"mesh.model={mesh.shape['model']} does not divide the model's {count} {name}; legal: {legal}"
+            )
 
 
 def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -75,7 +109,30 @@ def _only_shapes(tree: Any) -> bool:
 
 def place(mesh: Mesh, tree: Any) -> Any:
     """The tree on the devices, cut by the rules; a tree of shapes, as for compilation ahead of time, stays one."""
-    return abstract(mesh, tree) if _only_shapes(tree) else jax.device_put(tree, shardings(mesh, tree))
+    return abstract(mesh, tree) if _only_shapes(tree) else jax.tree.map(_put, tree, shardings(mesh, tree))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """A leaf on the devices; of those of other processes each process cares for its own."""
+    if isinstance(leaf, Unread):
+        return _read(leaf, sharding)
+    elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # it lies on all devices already
+    if elsewhere or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _read(leaf: Unread, sharding: NamedSharding) -> jax.Array:
+    """Reads what the devices of this process hold, each part once and one after another: the host has room for one."""
+    holders: dict[tuple, tuple[tuple[slice, ...], list]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(tuple((cut.start, cut.stop) for cut in index), (index, []))[1].append(device)
+    held = []
+    for index, devices in holders.values():
+        part = leaf[index]
+        held += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, held)
 
 
 def abstract(mesh: Mesh, shapes: Any) -> Any:
@@ -88,13 +145,16 @@ def abstract(mesh: Mesh, shapes: Any) -> Any:
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch on the devices, its rows cut over data and fsdp; what has one row for all, or too few, is copied."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    """A batch on the devices, its `ROWS` cut over data and fsdp; the rest, and rows that do not divide, are copied.
 
-    def put(value):
-        sharding = NamedSharding(mesh, P() if value.shape[0] % ways else P(("data", "fsdp")))
+    All processes have the same batch, and each gives the rows of its own devices: the order is that of one process.
+    """
+
+    def put(name, value):
+        cut = name in ROWS and value.shape[0] % ways(mesh) == 0
+        sharding = NamedSharding(mesh, P(ROW_AXES) if cut else P())
         if _only_shapes(value):
             return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-        return jax.device_put(value, sharding)
+        return _put(value, sharding)
 
-    return {name: put(value) for name, value in batch.items()}
+    return {name: put(name, value) for name, value in batch.items()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from mora_jax.benchmarks.stream import Example, Task
 
@@ -40,12 +40,16 @@ class GateCounts(NamedTuple):
 
 
 class GateMap(NamedTuple):
-    """The gates of one layer on one record: what its tokens show, and g [tokens, capacity] for each kind of site."""
+    """The gates of one layer on one record: what its tokens show, and g [tokens, capacity] for each kind of site.
+
+    picture: what the tokens are patches of, row by row behind a class token; None for text.
+    """
 
     tokens: list[str]
     truncated: bool
     layer: int
     sites: dict[str, np.ndarray]
+    picture: UInt8[np.ndarray, "size size 3"] | None = None
 
 
 class TrainData(NamedTuple):
@@ -72,15 +76,20 @@ class Family(Protocol):
     """A model on a mesh with its method, ready for the tasks of one stream.
 
     identity: names its weights. params: them, on the mesh. site_kinds: the path of every dense layer that a method may
-    adapt, with its kind. rate: the count of a batch (see `count`) by which speed is told.
+    adapt, with its kind. heads: how many attention heads there are, by name. rate: the count of a batch (see `count`)
+    by which speed is told. weight: see `TrainStep`; None where the loss of a batch is no mean over its rows.
     """
 
     identity: str
     params: Mapping[str, Any]
     rate: str
+    weight: Callable[[Mapping[str, Array]], Float[Array, ""]] | None
 
     @property
     def site_kinds(self) -> dict[SitePath, str]: ...
+
+    @property
+    def heads(self) -> dict[str, int]: ...
 
     def loss(self, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
         """What a train step minimises; traced."""
@@ -90,6 +99,9 @@ class Family(Protocol):
 
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, int]:
         """What a row of metrics.jsonl counts of a batch."""
+
+    def chance(self, task: Task) -> float | None:
+        """The score in percent of answering at random; None where there is no list to choose from."""
 
     def prepare(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
         """`variables` with what all tasks of one row of R share; `predict` needs it."""

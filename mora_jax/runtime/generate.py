@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from mora_jax.data import text
 from mora_jax.models.decoder import Cache, Decoder, causal_mask
 from mora_jax.models.tokenizer import Tokenizer
 from mora_jax.runtime.decoding import DECODING, Decoding, ruled
-from mora_jax.runtime.distributed import place_batch
+from mora_jax.runtime.distributed import place, place_batch, whole_rows
 from mora_jax.runtime.family import GateCounts, GateMap, count_gates
 
 PROMPT_BUCKET, ANSWER_BUCKET = 64, 32  # smallest static lengths, in tokens
@@ -42,8 +43,9 @@ class Generator:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding = DECODING["greedy"]):
         self.decoder, self.tokenizer, self.mesh, self.decoding = decoder, tokenizer, mesh, decoding
-        self._run = jax.jit(self._generate, static_argnames="capacity")
-        self._map = jax.jit(self._collect)
+        whole = NamedSharding(mesh, P())  # every process reads the answers
+        self._run = jax.jit(self._generate, static_argnames="capacity", out_shardings=whole)
+        self._map = jax.jit(self._collect, out_shardings=whole)
 
     def __call__(
         self,
@@ -55,10 +57,15 @@ class Generator:
         batch_size: int,
         after_batch: Callable[[int], None],
     ) -> Generation:
-        """Answers to all prompts. `after_batch(n)` is called with the number of prompts a batch has answered."""
+        """Answers to all prompts, each asked once. `after_batch(n)` is called with the number that a batch answered.
+
+        A batch has `batch_size` rows, or the next number that the mesh divides.
+        """
+        batch_size = whole_rows(self.mesh, batch_size)
         encoded, truncated = text.encode_prompts(prompts, self.tokenizer, max_prompt_tokens)
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))  # alike lengths share a bucket
         capacity = text.bucket(max_new_tokens, ANSWER_BUCKET, 1 << 30)
+        most = place(self.mesh, np.int32(max_new_tokens))
         texts, gates, tokens_of = [""] * len(encoded), GateCounts(), [()] * len(encoded)
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
@@ -70,7 +77,7 @@ class Generator:
                 tokens[i, width - len(row) :] = row
                 length[i] = len(row)
             batch = place_batch(self.mesh, {"tokens": tokens, "length": length})
-            ids, counts = jax.device_get(self._run(variables, batch, jnp.int32(max_new_tokens), capacity=capacity))
+            ids, counts = jax.device_get(self._run(variables, batch, most, capacity=capacity))
             gates += GateCounts.fetched(counts)
             for i, row in zip(members, ids, strict=False):
                 answer = _until(row.tolist(), self.tokenizer.eos_id)
@@ -84,7 +91,8 @@ class Generator:
         tokens = np.full((1, MAP_TOKENS), self.tokenizer.pad_id, np.int32)
         tokens[0, : len(ids)] = ids
         layer = self.decoder.config.layers // 2
-        found = jax.device_get(self._map(variables, place_batch(self.mesh, {"tokens": tokens}), layer))
+        batch = place_batch(self.mesh, {"tokens": tokens})
+        found = jax.device_get(self._map(variables, batch, place(self.mesh, np.int32(layer))))
         sites = {"/".join(path[1:-1]): g[0, : len(ids)] for path, g in flatten_dict(found).items()}
         spelling = [self.tokenizer.decode([token]) or SPECIAL for token in ids]
         return GateMap(spelling, bool(truncated), layer, sites)

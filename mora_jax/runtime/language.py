@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax.benchmarks.stream import Example, Task
 from mora_jax.data import text
@@ -18,7 +19,7 @@ from mora_jax.methods.method import Method
 from mora_jax.models.decoder import Decoder, causal_mask
 from mora_jax.models.registry import DTYPES, LanguageModel
 from mora_jax.runtime.decoding import DECODING
-from mora_jax.runtime.distributed import place
+from mora_jax.runtime.distributed import ROW_AXES, place
 from mora_jax.runtime.family import GateMap, TrainData
 from mora_jax.runtime.generate import Generation, Generator
 
@@ -32,17 +33,21 @@ def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[s
     Only the hidden states that predict an answer token meet the vocabulary: `batch["answers"]` [1, a] are the offsets
     from a row's first answer token that can carry loss, and offsets past a row's length count nothing.
     """
-    tokens, prompt, length = batch["tokens"], batch["prompt"], batch["length"]
-    t = tokens.shape[1]
+    tokens, t = batch["tokens"], batch["tokens"].shape[1]
     positions = jnp.broadcast_to(jnp.arange(t)[None], tokens.shape)
     hidden, _ = decoder.apply(variables, tokens, positions, causal_mask(t))
-    target_at = prompt[:, None] + batch["answers"]  # [b a]
-    counts = (target_at < length[:, None]) & (target_at > 0)  # nothing comes before a row's first token
+    target_at, counts = answer_tokens(batch)
     target_at = jnp.clip(target_at, 1, t - 1)
     source = jnp.take_along_axis(hidden, (target_at - 1)[..., None], axis=1)
     logits = decoder.apply(variables, source, method=Decoder.logits)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.take_along_axis(tokens, target_at, axis=1))
     return jnp.sum(losses * counts) / jnp.maximum(jnp.sum(counts), 1)
+
+
+def answer_tokens(batch: Mapping[str, Array]) -> tuple[Int[Array, "b a"], Bool[Array, "b a"]]:
+    """Where the tokens that can carry loss stand in their rows, and which of them do."""
+    at = batch["prompt"][:, None] + batch["answers"]
+    return at, (at < batch["length"][:, None]) & (at > 0)  # nothing comes before a row's first token
 
 
 class LanguageFamily:
@@ -53,7 +58,8 @@ class LanguageFamily:
     def __init__(self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh):
         self.config, self.mesh, self.tokenizer = config, mesh, model.tokenizer
         self.identity = model.identity
-        self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
+        rows = NamedSharding(mesh, P(ROW_AXES, None, None))
+        self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"], rows)
         self.params = place(mesh, model.params)
         self._generate = Generator(self.decoder, model.tokenizer, mesh, DECODING[config["eval"]["decoding"]])
 
@@ -65,6 +71,13 @@ class LanguageFamily:
 
     def loss(self, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
         return answer_loss(self.decoder, variables, batch)
+
+    def weight(self, batch: Mapping[str, Array]) -> Float[Array, ""]:
+        return jnp.sum(answer_tokens(batch)[1], dtype=jnp.float32)
+
+    @property
+    def heads(self) -> dict[str, int]:
+        return {"heads": self.decoder.config.heads, "key and value heads": self.decoder.config.kv_heads}
 
     def limits(self, task: Task) -> text.Limits:
         """Token limits of a task: the config's where it has them, else the task's, else the defaults above."""
@@ -94,6 +107,9 @@ class LanguageFamily:
             pad_id=self.tokenizer.pad_id,
         )
         return TrainData(text.pipeline(plan), len(plan), cut)
+
+    def chance(self, task: Task) -> None:
+        """Texts have no chance level."""
 
     def gate_map(self, variables: Mapping[str, Any], task: Task, examples: Sequence[Example]) -> GateMap:
         return self._generate.gate_map(variables, examples[0].prompt, self.limits(task).prompt)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mora_jax.metrics import continual
+from mora_jax.runtime import hosts
 from mora_jax.runtime.family import GateCounts
 
 
@@ -78,11 +81,16 @@ class Progress:
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into a request that the loop answers at its next safe place."""
+    """Turns SIGTERM and SIGINT into a request that the loop answers at its next safe place.
+
+    Of several processes each may be asked: JAX's preemption service hears SIGTERM, tells the others and finds a place
+    that none of them has passed.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._places = 0
+        for number in (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -90,6 +98,15 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = number
+        if hosts.several():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def here(self) -> bool:
+        """Whether to stop here: on all processes alike, so all must ask at the same places."""
+        if not hosts.several():
+            return self.received is not None
+        self._places += 1
+        return multihost_utils.reached_preemption_sync_point(self._places)
 
 
 class Stopped(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,7 @@ import numpy as np
 
 import mora_jax
 from mora_jax.benchmarks.stream import Task
+from mora_jax.data.images import png
 from mora_jax.methods import bank as banks
 from mora_jax.methods.gates import ACTIVE
 from mora_jax.methods.method import Method
@@ -38,6 +40,7 @@ class Results:
         sites: banks.Sites,
         *,
         frozen_parameters: int,
+        chance: Sequence[float | None],
         fingerprint: str,
         command: str,
         workdir: Path,
@@ -55,6 +58,7 @@ class Results:
             "metric": [task.metric for task in tasks],
             "variant": [task.variant for task in tasks],
             "majority": [task.majority_percent(split) for task in tasks],
+            "chance": rounded(chance),
             "method": config.method.name,
             "model": config.model.name,
             "seed": config.seed,
@@ -74,10 +78,12 @@ class Results:
         last = len(self.names) - 1
         full = jax.eval_shape(lambda: banks.empty(self.sites, m.capacity(last))) if m.trains else {}
         experts = f"{m.rank if m.trains else 0} experts at {facts['sites']} sites"
+        model = c["model"]
+        kept = model["dtype"] + ("" if model["quantise"] == "none" else f", dense kernels {model['quantise']}")
         variants = ", ".join(filter(None, dict.fromkeys(facts["variant"])))
         self.display.facts("this run", {
             "benchmark": f"{facts['benchmark']}{variants and f' ({variants})'}: {' -> '.join(self.names)}",
-            "model": f"{facts['model']} ({c['model']['dtype']}), {self.frozen_parameters:,} frozen parameters",
+            "model": f"{facts['model']} ({kept}), {self.frozen_parameters:,} frozen parameters",
             "method": facts["method"],
             "trainable": f"{facts['trainable_parameters']:,} parameters per task: {experts}",
             "bank": f"{count_parameters(full):,} parameters when full: up to {m.live_after(last)} experts per site",
@@ -90,6 +96,8 @@ class Results:
         """results.json as it stands now."""
         facts, trains = dict(self.facts), self.method.trains
         baselines = {"majority": facts.pop("majority"), "zero_shot_lenient": rounded(progress.zero_shot_lenient)}
+        if (chance := facts.pop("chance")) != [None] * len(self.names):
+            baselines["chance"] = chance
         taught = progress.task + (progress.phase == "evaluated") - 1
         summary = progress.summary(trains)
         active, none = progress.gate_report()
@@ -116,7 +124,7 @@ class Results:
     def gate_rows(self, progress: Progress) -> list[dict[str, Any]] | None:
         """What the gates did, one entry per evaluated row of R; None where the method has no gates.
 
-        `mass` is the share of gate mass by task of origin, over prompt tokens and sites; `on` splits it by the task
+        `mass` is the share of gate mass by task of origin, over tokens and sites; `on` splits it by the task
         that was asked.
         """
         if not self.method.has_gates:
@@ -138,18 +146,18 @@ class Results:
         """Names of the tasks that trained each block of the bank after task `index`."""
         return [" + ".join(self.names[t] for t in tasks) for tasks in self.method.origins(index)]
 
-    def write_gate_maps(self, maps: Mapping[str, GateMap]) -> None:
-        """gates/<row>.jsonl: for every task the gates of one of its prompts under the whole bank."""
-        index = len(self.names) - 1
+    def write_gate_maps(self, index: int, maps: Mapping[str, GateMap]) -> None:
+        """gates/<row>.jsonl: the gates under the bank after task `index` on one record of each task in `maps`."""
         live, origins = self.method.live_after(index), self.origins(index)
         write_lines(
-            self.gate_map_path,
+            self.gate_map_path(index),
             (
                 {
                     "task": task,
                     "layer": found.layer,
                     "truncated": found.truncated,
                     "tokens": found.tokens,
+                    "picture": None if found.picture is None else base64.b64encode(png(found.picture)).decode("ascii"),
                     "origins": [origins[expert // self.method.rank] for expert in range(live)],
                     "sites": {site: _sparse(g[:, :live]) for site, g in found.sites.items()},
                 }
@@ -157,9 +165,8 @@ class Results:
             ),
         )
 
-    @property
-    def gate_map_path(self) -> Path:
-        return self.path.parent / "gates" / f"{row_name(len(self.names) - 1, self.names)}.jsonl"
+    def gate_map_path(self, index: int) -> Path:
+        return self.path.parent / "gates" / f"{row_name(index, self.names)}.jsonl"
 
     def conclude(self, p: Progress) -> None:
         """The tables a run ends with."""
@@ -170,7 +177,9 @@ class Results:
                 "zero-shot": p.zero_shot,
                 "zero-shot, lenient": p.zero_shot_lenient,
                 "majority": self.facts["majority"],
+                "chance": self.facts["chance"],
             }
+            baselines = {name: row for name, row in baselines.items() if row != [None] * len(self.names)}
             self.display.gains(self.names, p.R[len(self.names) - 1], baselines)
         self.display.summary(p.summary(trains))
         active, none = p.gate_report()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import MoraError
+from mora_jax.runtime import hosts, storage
+from mora_jax.runtime.storage import write_text
 
 ZERO_SHOT_ROW = "00_zero_shot"
 SCALARS = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "examples_per_second"}  # for TensorBoard
@@ -32,33 +32,6 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-@contextlib.contextmanager
-def locked(workdir: Path):
-    """Holds a workdir for this process; the lock goes with the process, however it ends. Raises MoraError if taken."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "a+")  # noqa: SIM115 - open as long as the lock is held
-    except OSError as problem:
-        raise MoraError(f"--workdir={workdir} cannot be written: {problem.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise MoraError(f"--workdir={workdir} is in use by another run; wait for it or choose another") from None
-        yield
-
-
 class MetricsLog:
     """metrics.jsonl: one row per train step, in step order, continued after a resume from the restored step."""
 
@@ -67,14 +40,15 @@ class MetricsLog:
         rows = [row for row in read_lines(self.path) if row["step"] <= restored_step]
         write_lines(self.path, rows)
         self._board = None
-        if tensorboard:
+        if tensorboard and storage.is_remote(workdir):
+            raise MoraError(f"log.tensorboard=true writes to folders only, and --workdir={workdir} is none")
+        if tensorboard and hosts.first():
             from tensorboardX import SummaryWriter  # only when asked for: the import costs a second
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=restored_step + 1)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        storage.append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         if self._board:
             for row in rows:
                 for name in SCALARS & row.keys():

@@ -53,8 +53,8 @@ def gated_projection_sharded(
     mesh: Mesh,
     x_spec: P,
     kernel_spec: P,
-    fresh_keys: Float[Array, "r d_in"],
-    fresh_values: Float[Array, "r d_out"],
+    fresh_keys: Float[Array, "r d_in"] | None = None,
+    fresh_values: Float[Array, "r d_out"] | None = None,
     top_k: int,
     temperature: float,
     threshold: float = 0.0,
@@ -66,7 +66,8 @@ def gated_projection_sharded(
 
     `x_spec` has an entry for every axis of x, `kernel_spec` is that of W [d_in, d_out]; the last entry of the former
     must be the first of the latter. Keys follow W's input axis, values its output axis, whole along experts. A kernel
-    needs whole keys: where d_in is cut, the portable op computes. ValueError for specs that do not fit.
+    needs whole keys: where d_in is cut, the portable op computes. Without fresh rows nothing is meant to be
+    differentiated. ValueError for specs that do not fit.
     """
     api.check_rows(x, keys, values, fresh_keys, fresh_values)
     d_in, d_out = (*kernel_spec, None, None)[:2]
@@ -76,14 +77,17 @@ def gated_projection_sharded(
     how = api.selection(top_k, temperature, threshold, threshold_mode)
     live = api.live_rows(live, keys.shape[0])
     keys, values = jax.lax.stop_gradient((keys, values))
-    return _project(x, keys, values, fresh_keys, fresh_values, live, how, cut, implementation)
+    project = _on_devices if fresh_keys is None else _project
+    return project(x, keys, values, fresh_keys, fresh_values, live, how, cut, implementation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _project(x, keys, values, fresh_keys, fresh_values, live, how, cut, implementation):
+def _on_devices(x, keys, values, fresh_keys, fresh_values, live, how, cut, implementation):
     rule = partial(_forward_whole if cut.d_in is None else _forward_split, how=how, cut=cut, name=implementation)
     run = jax.shard_map(rule, mesh=cut.mesh, in_specs=cut.specs, out_specs=cut.y, check_vma=False)
     return run(x, keys, values, fresh_keys, fresh_values, live)
+
+
+_project = jax.custom_vjp(_on_devices, nondiff_argnums=(6, 7, 8))
 
 
 def _forward(x, keys, values, fresh_keys, fresh_values, live, how, cut, implementation):

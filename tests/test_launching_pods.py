@@ -1,0 +1,314 @@
+"""Launching on pods and clusters that are not here: gcloud, srun and kubectl are stand-ins, all else is real."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from launching import Ended
+
+from mora_jax import config as configs
+from mora_jax.planning import topologies
+
+LAUNCH = ROOT / "experiments" / "launch"
+TRAIN = ["--config=configs/llm_cl.py:smoke", "--workdir=gs://bucket/a run", "--config.benchmark.tasks=a,b"]
+SECONDS = 60
+
+# gcloud: writes down every call and does to the folders workers/0, workers/1 ... what it would do to workers. BREAK
+# names the one whose connection breaks once, LOSE the one that is never reached.
+GCLOUD = f"""#!{sys.executable} -S
+import json, os, shutil, subprocess, sys, time
+words, here = sys.argv[1:], os.environ["FAKE"]
+with open(f"{{here}}/calls", "a") as calls:
+    calls.write(json.dumps(words) + "\\n")
+count = int(os.environ["WORKERS"])
+homes = [f"{{here}}/workers/{{i}}" for i in range(count)]
+if words[3] == "describe":
+    if words[4] != "pod":
+        sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND")
+    print(";".join(f"10.0.0.{{i}}" for i in range(count)))
+elif words[3] == "scp":
+    for home in homes:
+        os.makedirs(home, exist_ok=True)
+        shutil.copy(words[4], f"{{home}}/{{words[5].partition(':')[2]}}")
+elif words[3] == "ssh":
+    command = next(w for w in words if w.startswith("--command=")).partition("=")[2]
+    def connect(i):
+        return subprocess.Popen(["bash", "-c", command], cwd=homes[i], env=os.environ | {{"WORKER": str(i)}})
+    training = "tpu_worker" in command
+    reached = [i for i in range(count) if not (training and os.environ.get("LOSE") == str(i))]
+    connected = {{i: connect(i) for i in reached}}
+    if training and (broken := os.environ.get("BREAK")):
+        while not os.path.exists(f"{{homes[int(broken)]}}/mora_jax/trained"):
+            time.sleep(0.05)
+        connected[int(broken)].kill()
+        connected[int(broken)].wait()
+        connected[int(broken)] = connect(int(broken))
+    codes = [connection.wait() for connection in connected.values()]
+    sys.exit(255 if len(reached) < count else max(codes))
+"""
+# Python of a worker: makes its venv, installs nothing, and trains as FAIL (a worker) and WAIT (for SIGTERM) say.
+PYTHON = """#!/usr/bin/env bash
+case "$1 $2" in
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip" | "-c "*) ;;
+    "- "*) echo stamp ;;
+    "-m mora_jax.train")
+        trap 'echo "worker $WORKER saved"; kill $!; exit 0' TERM
+        printf '%s\\n' "$MORA_JAX_PLATFORM" "${@:3}" >>trained
+        echo "worker $WORKER trains"
+        if [[ -n ${WAIT:-} ]]; then sleep 30 & wait; fi
+        sleep 0.5
+        [[ ${FAIL:-} != "$WORKER" ]] || { echo "error: no such folder" >&2; exit 2; } ;;
+    *) exit 9 ;;
+esac
+"""
+CURL = '#!/usr/bin/env bash\n[[ $* == *"/attributes/agent-worker-number" ]] && printf %s "$WORKER"\n'
+
+
+def stand_in(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `launch.sh tpu` among stand-ins; keywords are their variables."""
+    for name, text in (("gcloud", GCLOUD), ("curl", CURL), ("python3.13", PYTHON)):
+        stand_in(tmp_path / "bin", name, text)
+    started = []
+
+    def start(*words: str, **variables: str) -> subprocess.Popen:
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "FAKE": str(tmp_path), "WORKERS": "2"} | variables
+        command = ["bash", str(ROOT / "launch.sh"), "tpu", *words]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def ended(process: subprocess.Popen) -> Ended:
+    out, err = process.communicate(timeout=SECONDS)
+    return Ended(process.returncode, out, err)
+
+
+def calls(folder: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def trained(folder: Path, worker: int) -> list[str]:
+    """What the train binary of a worker was given: the platform, then its arguments."""
+    return (folder / "workers" / str(worker) / "mora_jax" / "trained").read_text().splitlines()
+
+
+def test_a_pod_gets_the_tree_and_every_worker_trains(pod, tmp_path: Path):
+    run = ended(pod("pod", "us-west4-a", "--", *TRAIN))
+    assert run.code == 0, run
+    described, copied, unpacked, started = calls(tmp_path)
+    compute, zone = ["compute", "tpus", "tpu-vm"], "--zone=us-west4-a"
+    assert described == [*compute, "describe", "pod", "--format=value(networkEndpoints[].ipAddress)", zone]
+    assert copied == [*compute, "scp", copied[4], "pod:mora_jax.tgz", "--worker=all", zone]
+    unpack = "--command=mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax"
+    assert unpacked == [*compute, "ssh", "pod", "--worker=all", unpack, zone]
+    assert started == [*compute, "ssh", "pod", "--worker=all", started[6], zone]
+    bash, script, name, *rest = shlex.split(started[6].removeprefix("--command="))
+    assert (bash, script, rest) == ("bash", "mora_jax/experiments/launch/tpu_worker.sh", TRAIN)
+    for worker in range(2):
+        assert trained(tmp_path, worker) == ["tpu", *TRAIN]
+        there = tmp_path / "workers" / str(worker) / "mora_jax"
+        assert (there / "mora_jax" / "train.py").read_bytes() == (ROOT / "mora_jax" / "train.py").read_bytes()
+        assert (there / "launches" / name / "code").read_text() == "0\n"
+        assert not (there / ".git").exists()
+    assert "worker 0 trains" in run.out
+    assert "worker 1" not in run.out  # its output stays there
+    assert not Path(copied[4]).exists()  # nothing is left here
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_worker_that_fails_is_named_with_its_exit_code(pod, worker):
+    run = ended(pod("pod", "z", "--", *TRAIN, FAIL=str(worker)))
+    assert run.code == 2, run
+    assert f"failed: worker {worker} exit code 2\n" in run.err
+    assert "error: no such folder" in run.out
+
+
+def test_a_worker_that_is_never_reached_is_named(pod):
+    run = ended(pod("pod", "z", "--", *TRAIN, WORKERS="3", LOSE="1"))
+    assert run.code == 255, run
+    assert "failed: worker 1 without an exit code\n" in run.err
+
+
+def test_a_broken_connection_does_not_end_or_repeat_the_run(pod, tmp_path: Path):
+    run = ended(pod("pod", "z", "--", *TRAIN, BREAK="0"))
+    assert run.code == 0, run
+    assert trained(tmp_path, 0) == ["tpu", *TRAIN]  # once
+
+
+def test_a_signal_makes_all_workers_save(pod, tmp_path: Path):
+    process = pod("pod", "z", "--", *TRAIN, WAIT="1")
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until and len(list(tmp_path.glob("workers/*/mora_jax/trained"))) < 2:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    run = ended(process)
+    assert run.code == 0, run
+    assert "worker 0 saved" in run.out
+    name = next(tmp_path.glob("workers/0/mora_jax/launches/*")).name
+    assert calls(tmp_path)[-1][6] == f"--command=kill -TERM $(cat mora_jax/launches/{name}/pid)"
+    assert "worker 1 saved" in (tmp_path / f"workers/1/mora_jax/launches/{name}/log").read_text()
+
+
+@pytest.mark.parametrize("words", [(), ("pod", "z"), ("pod", "z", "--"), ("pod", "z", *TRAIN)])
+def test_a_command_line_without_its_parts_is_refused(words, pod, tmp_path: Path):
+    run = ended(pod(*words))
+    assert run.code == 2
+    assert "launch.sh: usage: bash launch.sh tpu NAME ZONE -- " in run.err
+    assert not (tmp_path / "calls").exists()
+
+
+def test_an_unknown_pod_is_refused_before_anything_is_copied(pod, tmp_path: Path):
+    run = ended(pod("other", "z", "--", *TRAIN))
+    assert run.code == 2
+    assert "NOT_FOUND" in run.err
+    assert "cannot describe the TPU other in zone z" in run.err
+    assert len(calls(tmp_path)) == 1
+
+
+# ---------------------------------------------------------------- a run that a scheduler starts again
+
+
+def test_a_stopped_run_asks_to_be_started_again(environment, tmp_path: Path, smoke):
+    """75 after a SIGTERM, where the train binary itself says 0."""
+    command = [sys.executable, str(LAUNCH / "train_to_end.py"), *smoke("smoke,benchmark=folder,method=inc_lora")]
+    command += ["--config.train.steps_per_task=300"]
+    process = subprocess.Popen(command, env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until and not (tmp_path / "w" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=SECONDS) == 75
+
+
+# ---------------------------------------------------------------- SLURM
+
+SRUN = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"$FAKE/srun.said"\nexit "$CODE"\n'
+SCONTROL = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"$FAKE/scontrol.said"\n'
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (2, False), (137, False)])
+def test_slurm_starts_one_process_per_gpu_and_queues_a_stopped_job_again(code, again, tmp_path: Path):
+    stand_in(tmp_path, "srun", SRUN)
+    stand_in(tmp_path, "scontrol", SCONTROL)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    stand_in(tmp_path / ".venv" / "bin", "python", "")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "CODE": str(code)}
+    environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17"}
+    job = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *TRAIN], env=environment, check=False)
+    assert job.returncode == code
+    program = [".venv/bin/python", "experiments/launch/train_to_end.py"]
+    assert (tmp_path / "srun.said").read_text().splitlines() == ["--kill-on-bad-exit=1", *program, *TRAIN]
+    assert (ROOT / program[1]).is_file()
+    said = tmp_path / "scontrol.said"
+    assert (said.read_text().split() if said.exists() else None) == (["requeue", "17"] if again else None)
+
+
+def test_slurm_without_an_installation_says_so(tmp_path: Path):
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    job = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch")], env=environment, capture_output=True, check=False)
+    assert job.returncode == 2
+    assert b"launch.sh install" in job.stderr
+
+
+def test_the_options_of_the_slurm_job_fit_together():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    words = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH --")]
+    options = {name: value for name, _, value in words}
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert {"requeue", "nodes", "time"} <= options.keys()
+    assert options["signal"].startswith("TERM@")  # to the processes; B: would be to the script alone
+    assert options["open-mode"] == "append"  # the log of the time before the requeue stays
+    last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert all(line.startswith("#") for line in lines[:last])  # sbatch reads none after the first command
+
+
+# ---------------------------------------------------------------- Kubernetes
+
+# Fields of the API, as far as the example uses that level: JobSet v1alpha2 (api/jobset/v1alpha2/jobset_types.go), Job
+# batch/v1, Pod core/v1 (kubernetes.io/docs/reference). One that is misspelt would be dropped or refused by the cluster.
+FIELDS = {
+    "": {"apiVersion", "kind", "metadata", "spec"},
+    "spec": {
+        "replicatedJobs", "network", "successPolicy", "failurePolicy", "startupPolicy", "suspend", "coordinator",
+        "managedBy", "ttlSecondsAfterFinished", "volumeClaimPolicies",
+    },
+    "spec.failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
+    "spec.failurePolicy.rules": {"name", "action", "onJobFailureReasons", "targetReplicatedJobs"},
+    "spec.replicatedJobs": {"name", "groupName", "template", "replicas", "dependsOn"},
+    "spec.replicatedJobs.template": {"metadata", "spec"},
+    "spec.replicatedJobs.template.spec": {
+        "parallelism", "completions", "activeDeadlineSeconds", "podFailurePolicy", "successPolicy", "backoffLimit",
+        "backoffLimitPerIndex", "maxFailedIndexes", "selector", "manualSelector", "template", "completionMode",
+        "ttlSecondsAfterFinished", "suspend", "podReplacementPolicy", "managedBy",
+    },
+    "spec.replicatedJobs.template.spec.podFailurePolicy.rules": {"action", "onExitCodes", "onPodConditions"},
+    "spec.replicatedJobs.template.spec.podFailurePolicy.rules.onExitCodes": {"containerName", "operator", "values"},
+    "spec.replicatedJobs.template.spec.template": {"metadata", "spec"},
+    "spec.replicatedJobs.template.spec.template.spec": {
+        "restartPolicy", "terminationGracePeriodSeconds", "nodeSelector", "containers", "volumes", "hostNetwork",
+        "dnsPolicy", "serviceAccountName", "priorityClassName", "tolerations", "subdomain", "initContainers",
+    },
+    "spec.replicatedJobs.template.spec.template.spec.containers": {
+        "name", "image", "workingDir", "command", "args", "ports", "resources", "env", "volumeMounts",
+        "imagePullPolicy", "securityContext",
+    },
+    "spec.replicatedJobs.template.spec.template.spec.containers.resources": {"requests", "limits", "claims"},
+}  # fmt: skip
+
+
+def unknown_fields(node: Any, path: str = "") -> list[str]:
+    found = []
+    for part in node if isinstance(node, list) else [node]:
+        if isinstance(part, dict):
+            names = FIELDS.get(path, part.keys())
+            found += [f"{path}.{name}" for name in part.keys() - names]
+            for name, below in part.items():
+                found += unknown_fields(below, f"{path}.{name}".lstrip("."))
+    return found
+
+
+def test_the_jobset_has_the_fields_of_the_api_and_one_process_per_host():
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert unknown_fields(jobset) == []
+    assert unknown_fields({"spec": {"replicatedJobs": [{"nam": "x"}]}}) == ["spec.replicatedJobs.nam"]
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    container = pod["containers"][0]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    slice_of = topologies.target(f"v5e:{pod['nodeSelector']['cloud.google.com/gke-tpu-topology']}")
+    assert job["parallelism"] == job["completions"] == math.ceil(slice_of.devices / chips)
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert (ROOT / container["command"][1]).is_file()
+    fails = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert (fails["containerName"], fails["values"]) == (container["name"], [2])
+    options, overrides = configs.split(container["args"], ("config", "workdir", "config.KEY"))
+    assert configs.load(options["config"], overrides).benchmark.name == "trace"  # a config that exists, with its keys
