@@ -1,8 +1,13 @@
 """A frozen CLIP learns visual domains, one after another; `benchmark=` chooses stream and defaults.
 
 benchmark=packaged_images (default): five small domains that come inside packages, and a small CLIP of our own. It is a
-small-scale stream, not X-TAIL.
+small-scale stream, not X-TAIL. Chance is 1.6 % (62 classes in one label space).
     Command    python -m mora_jax.train --config=configs/clip_cl.py --workdir=runs/clip_cl
+    Model      small-clip, 10 M parameters for 64-pixel pictures, trained by the first run that needs it on emoji and
+               their names (npm): 400 steps, 300 seconds of processor time. Of 239 pictures not trained on 12.1 % find
+               their caption among 239 (chance 0.4 %).
+    Defaults   as for X-TAIL below, but 100 steps of 32 pictures and learning rate 5e-3: one at 2e-2 learned no digits,
+               one at 2e-3 next to nothing (60 steps, eval split of clothes and digits, unfinished small CLIPs).
 
 benchmark=image_folder: any directory <task>/{train,test}/<class>/*.
     Command    python -m mora_jax.train --config=configs/clip_cl.py:benchmark=image_folder,model=clip-vit-b16

@@ -214,9 +214,8 @@ def test_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_the_same_weights_from_the_same_seed() -> None:
     data = drawn(1)
     tokens = pretraining._trim(TOKENIZER(data.captions))
-    runs = [
-        pretraining.pretrain(TINY, data, tokens, Recipe(steps=3, batch_size=6, seed=seed), lambda n, note: None)
-        for seed in (0, 0, 1)
-    ]
-    assert runs[0][1] == runs[1][1] != runs[2][1]
-    jax.tree.map(np.testing.assert_array_equal, runs[0][0], runs[1][0])
+    recipe = Recipe(steps=3, batch_size=6)
+    first, second = (pretraining.pretrain(TINY, data, tokens, recipe, lambda n, note: None) for _ in range(2))
+    assert first[1] == second[1]
+    assert len(set(first[1])) == 3
+    jax.tree.map(np.testing.assert_array_equal, first[0], second[0])
