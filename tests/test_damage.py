@@ -230,7 +230,7 @@ def test_fingerprint_leaves_out_execution_only() -> None:
         *("mesh.data", "mesh.fsdp", "mesh.model", "checkpoint.every_steps", "checkpoint.keep", "kernel"),
         *("log.every_steps", "log.tensorboard", "eval.batch_size", "model.remat", "model.weights"),
         *("benchmark.root", "benchmark.tasks", "benchmark.metrics", "benchmark.train_limit", "benchmark.eval_limit"),
-        *("train.steps_per_task", "train.epochs_per_task"),
+        *("train.steps_per_task", "train.epochs_per_task", "train.accumulate"),
     }
 
 
