@@ -26,7 +26,7 @@ from mora_jax.runtime.progress import Progress
 from mora_jax.runtime.state import count_parameters
 from mora_jax.runtime.writers import row_name, write_json, write_lines
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "gguf")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "tokenizers", "gguf")
 
 
 class Results:
