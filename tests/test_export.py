@@ -39,7 +39,7 @@ FAST = {"xla_backend_optimization_level": "0"}
 def base() -> tuple[Any, ...]:
     """(mesh, family, sites) of the tiny model; every method here adapts the same sites."""
     config = configs.load(f"{CONFIG}:smoke", {})
-    return experiment.load_family(config, layouts.from_config(config.method))
+    return experiment.load_family(config, layouts.from_config(config.method), [])
 
 
 def drawn(method: str, **options: str) -> Adapter:

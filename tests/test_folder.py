@@ -134,7 +134,7 @@ def test_not_utf8(root: Path) -> None:
 
 BAD_SETTINGS = [
     ({"metrics": "fuzzy"}, r"task\.json: unknown key 'metrics'; legal: metric, max_prompt_tokens"),
-    ({"metric": "bleu"}, r'task\.json: unknown metric "bleu"; known: choice, exact_match'),
+    ({"metric": "bleu"}, r'task\.json: unknown metric "bleu"; known: accuracy, choice, exact_match'),
     ({"metric": ["fuzzy"]}, r'task\.json: unknown metric \["fuzzy"\]; known'),
     ({"max_new_tokens": 0}, r"task\.json: max_new_tokens = 0; legal: a whole number of tokens >= 1"),
     ({"max_new_tokens": True}, r"task\.json: max_new_tokens = true; legal"),
@@ -170,7 +170,7 @@ def test_bad_root(tmp_path: Path) -> None:
 
 
 def test_unknown_names(root: Path) -> None:
-    with pytest.raises(MoraError, match=r"unknown benchmark 'trace2'; known: .*folder, packaged_text"):
+    with pytest.raises(MoraError, match=r"unknown benchmark 'trace2'; known: folder, image_folder, .*packaged_text"):
         stream.load("trace2", str(root), [], metrics={}, split_seed=0)
     with pytest.raises(MoraError, match="unknown task of benchmark 'folder' 'sum'; known: sums"):
         load(root, "sum")
