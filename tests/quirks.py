@@ -123,10 +123,10 @@ def dropout_keep(fresh: Mapping[str, Float[Array, "r d"]], shape: Sequence[int])
 def _dropout_before_scoring() -> Patch:
     update = gates.update
 
-    def patched(x, bank, fresh, method):
+    def patched(x, bank, fresh, *others):
         if fresh is not None:
             x = jnp.where(dropout_keep(fresh, x.shape), x / (1.0 - DROPOUT), 0.0).astype(x.dtype)
-        return update(x, bank, fresh, method)
+        return update(x, bank, fresh, *others)
 
     return mock.patch.object(gates, "update", patched)
 

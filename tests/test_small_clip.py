@@ -21,6 +21,7 @@ from mora_jax.errors import MoraError
 from mora_jax.models import clip_weights, registry, small_clip
 from mora_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
 from mora_jax.models.clip_tokenizer import ClipTokenizer
+from mora_jax.models.unread import load
 from mora_jax.runtime import pretraining
 from mora_jax.runtime.display import Display
 from mora_jax.runtime.pretraining import Recipe
@@ -70,7 +71,7 @@ def test_the_named_model_is_the_trained_folder(tmp_path: Path, monkeypatch: pyte
     model = registry.load_model({"name": "small-clip", "weights": "", "dtype": "float32"}, seed=0)
     assert model.config == small_clip.CONFIG
     assert model.tokenizer.context == small_clip.CONTEXT
-    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    jax.tree.map(np.testing.assert_array_equal, load(model.params), params)
 
 
 # --- captioned pictures -----------------------------------------------------------------------------------------------

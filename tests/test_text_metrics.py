@@ -32,6 +32,8 @@ CASES = [
     ("string_equality", "b", "B", 0, 0),
     ("string_equality", "7.5", "7", 0, 0),
     ("string_equality", "", "", 0, 0),
+    ("accuracy", "forest", "forest", 1, 1),
+    ("accuracy", "EuroSAT: forest", "forest", 0, 0),  # a class of another task
     ("choice", "B", "B", 1, 1),
     ("choice", " B. hawkish", "B", 1, 1),
     ("choice", "Answer: C", "C", 1, 1),
@@ -162,5 +164,5 @@ def test_mean_percent_needs_whole_records(predictions: list[str], answers: list[
 
 
 def test_unknown_metric() -> None:
-    with pytest.raises(MoraError, match="unknown metric 'bleu'; known: choice, exact_match, first_character"):
+    with pytest.raises(MoraError, match="unknown metric 'bleu'; known: accuracy, choice, exact_match, first_character"):
         text.metric("bleu")
