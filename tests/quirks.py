@@ -53,8 +53,8 @@ Patch = contextlib.AbstractContextManager
 def _scale_lost_at_freeze() -> Patch:
     update = gates.update
 
-    def patched(x, bank, fresh, method):
-        return update(x, {**bank, "values": bank["values"] / method.scale}, fresh, method)
+    def patched(x, bank, fresh, method, *others):
+        return update(x, {**bank, "values": bank["values"] / method.scale}, fresh, method, *others)
 
     return mock.patch.object(gates, "update", patched)
 
