@@ -90,8 +90,8 @@ def _fresh_at_inference() -> Patch:
 
 def _top_k_at_least_two() -> Patch:
     def patched(function):
-        return lambda x, bank, fresh, method: function(
-            x, bank, fresh, dataclasses.replace(method, top_k=max(method.top_k, 2))
+        return lambda x, bank, fresh, method, *others: function(
+            x, bank, fresh, dataclasses.replace(method, top_k=max(method.top_k, 2)), *others
         )
 
     return mock.patch.multiple(gates, update=patched(gates.update), gates=patched(gates.gates))
