@@ -6,8 +6,8 @@ label space of all 62 (--config.eval.label_space=joint) most pictures of a new d
 for this CLIP does not tell domains apart and the loss never compares them.
     Command    python -m mora_jax.train --config=configs/clip_cl.py --workdir=runs/clip_cl
     Model      small-clip, 10 M parameters for 64-pixel pictures, trained by the first run that needs it on emoji and
-               their names (npm): 400 steps, 300 seconds of processor time. Of 239 pictures not trained on 12.1 % find
-               their caption among 239 (chance 0.4 %).
+               their names (npm), 400 steps. Of 239 pictures not trained on 12.1 % find their caption among 239 (chance
+               0.4 %).
     Defaults   as for X-TAIL below, but 100 steps of 32 pictures, learning rate 5e-3, tau 0.1 and clipping at 1.0, from
                a few runs on the eval split of clothes and digits: seq_lora without clipping collapsed at that rate,
                and with tau 0.01 digits were not learned.
