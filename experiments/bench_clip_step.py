@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from contestants import random_bank, train_step
 from turns import Step, take_turns
@@ -31,7 +30,7 @@ from mora_jax.benchmarks.pictures import Picture, PictureTask
 from mora_jax.config import load
 from mora_jax.data.images import png
 from mora_jax.methods.method import Method, from_config
-from mora_jax.models.clip import CLIP
+from mora_jax.models.clip import CLIP, initialise
 from mora_jax.models.clip_config import PUBLISHED
 from mora_jax.models.clip_tokenizer import ClipTokenizer
 from mora_jax.models.registry import ClipModel
@@ -48,10 +47,7 @@ STEPS = 2  # counted, in a turn
 def random_model(name: str) -> ClipModel:
     """A published model's sizes with random weights."""
     sizes = PUBLISHED[name].config
-    side = sizes.vision.image_size
-    shapes = jnp.zeros((1, side, side, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
-    params = jax.jit(CLIP(sizes).init)(jax.random.key(0), *shapes)["params"]
-    return ClipModel(sizes, params, ClipTokenizer.packaged(), "random")
+    return ClipModel(sizes, initialise(CLIP(sizes), jax.random.key(0)), ClipTokenizer.packaged(), "random")
 
 
 def random_task(side: int) -> PictureTask:

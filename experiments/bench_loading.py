@@ -11,11 +11,13 @@ files in the page cache. Memory is the highest resident set (VmHWM, mapped pages
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from mora_jax.runtime.results import device, versions
@@ -80,16 +82,23 @@ def run(program: str, folder: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
 
 
-def main() -> None:
-    """Measures, prints and writes the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@contextlib.contextmanager
+def checkpoint(what: str) -> Iterator[tuple[Path, int]]:
+    """(a folder with the model, bytes of its weights): that of --folder, or a temporary one; written if it is empty."""
+    parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--folder", type=Path, help="where the model is kept (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if not list(folder.glob("*.safetensors")):
+            folder.mkdir(parents=True, exist_ok=True)
             run(WRITE, folder)
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        yield folder, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    """Measures, prints and writes the result file."""
+    with checkpoint(__doc__.splitlines()[0]) as (folder, size):
         run(READ, folder)  # into the page cache
         turns = [(run(READ, folder), run(LOAD, folder)) for _ in range(TURNS)]
     read, load = (statistics.median(turn[i]["seconds"] for turn in turns) for i in (0, 1))

@@ -10,17 +10,15 @@ the highest resident set of a process (VmHWM, mapped pages too) over that before
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from bench_loading import COMMON, ROOT, WRITE, run
+from bench_loading import COMMON, ROOT, checkpoint
 
 from mora_jax.runtime.results import device, versions
 from mora_jax.runtime.writers import write_json
@@ -73,15 +71,7 @@ def load(folder: Path, processes: int) -> list[dict]:
 
 def main() -> None:
     """Measures, prints and writes the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where the model is kept (default: a temporary folder)")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        if not list(folder.glob("*.safetensors")):
-            folder.mkdir(parents=True, exist_ok=True)
-            run(WRITE, folder)
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with checkpoint(__doc__.splitlines()[0]) as (folder, size):
         found = {f"{n} process{'es' if n > 1 else ''}": load(folder, n) for n in (1, 2)}
     worst = {name: max(row["peak_bytes"] / row["held_bytes"] for row in rows) for name, rows in found.items()}
     result = {

@@ -24,8 +24,8 @@ from mora_jax.methods.method import Method, from_config
 from mora_jax.models.hf import read_json
 from mora_jax.runtime import distributed
 from mora_jax.runtime.checkpoint import Checkpoints
+from mora_jax.runtime.family import SitePath
 
-SitePath = tuple[str, ...]
 # keys [layers, n, d_in] and values [layers, n, d_out] of each site
 Rows = Mapping[SitePath, Mapping[str, Float[np.ndarray, "layers n d"]]]
 

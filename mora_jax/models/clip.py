@@ -205,6 +205,13 @@ class CLIP(nn.Module):
         return jnp.exp(self.logit_scale.astype(jnp.float32)) * (images @ texts.T)
 
 
+def initialise(clip: CLIP, key: Array) -> dict[str, Any]:
+    """Random parameters of a model."""
+    size = clip.config.vision.image_size
+    blank = jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
+    return jax.jit(clip.init)(key, *blank)["params"]
+
+
 def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))

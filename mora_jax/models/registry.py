@@ -15,7 +15,7 @@ import numpy as np
 
 from mora_jax.data import packages
 from mora_jax.errors import MoraError, unknown
-from mora_jax.models import clip_config, clip_weights, gguf, hf, quantised
+from mora_jax.models import clip, clip_config, clip_weights, gguf, hf, quantised
 from mora_jax.models.clip import CLIP
 from mora_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
 from mora_jax.models.clip_tokenizer import ClipTokenizer
@@ -178,9 +178,8 @@ def _tiny_clip(weights: str, dtype: Any, seed: int) -> ClipModel:
         TextConfig(32, 64, 2, 4, vocab_size=tokenizer.vocab_size, context=tokenizer.context, eos_id=tokenizer.end_id),
         32,
     )
-    pictures, tokens = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
-    variables = jax.jit(CLIP(config, dtype=dtype).init)(jax.random.key(seed), pictures, tokens)
-    return ClipModel(config, variables["params"], tokenizer, f"random, seed {seed}")
+    params = clip.initialise(CLIP(config, dtype=dtype), jax.random.key(seed))
+    return ClipModel(config, params, tokenizer, f"random, seed {seed}")
 
 
 MODELS: Mapping[str, Row] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mora_jax.data.images import png
+from mora_jax.reporting.assets import STYLE
 from mora_jax.reporting.charts import COLOURS, colour
 from mora_jax.reporting.markup import Markup, el
 
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 SIDE, GAP, LINE = 132, 10, 18  # of a drawn picture, between two, of a line of text; in pixels
 SHADES = 6  # a share is drawn as one of so many opacities
 VEIL = 0.72  # of a picture under its patches, so that colours stand out
-# The colours of the style sheet's light scheme, for files without one.
-PALETTE = ("#1d64b0", "#b4530a", "#18764a", "#7646b4", "#b02f48", "#0c7080", "#80561f", "#a03a88")
+# The colours of series in the style sheet, whose first scheme is the light one: for files without a style sheet.
+PALETTE = tuple(re.findall(r"--c\d: (#[0-9a-f]{6})", STYLE)[:COLOURS])
 
 
 def side_of(m: dict[str, Any]) -> int:

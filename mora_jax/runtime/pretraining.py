@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from mora_jax.data import captioned, packages
 from mora_jax.data.captioned import Captioned
 from mora_jax.models import clip_weights, small_clip
-from mora_jax.models.clip import CLIP
+from mora_jax.models.clip import CLIP, initialise
 from mora_jax.models.clip_config import CLIPConfig
 from mora_jax.models.clip_tokenizer import ClipTokenizer
 from mora_jax.runtime.display import Display
@@ -153,9 +153,7 @@ def pretrain(
     """(parameters, loss of every step). tokens: of each picture's caption. `advance(1, note)` follows every step."""
     clip, rng = CLIP(config), np.random.default_rng(recipe.seed)
     first, key = jax.random.split(jax.random.key(recipe.seed))
-    size = config.vision.image_size
-    blank = jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, 2), jnp.int32)
-    params = jax.jit(clip.init)(first, *blank)["params"]
+    params = initialise(clip, first)
     opt_state = jax.jit(_optimizer(recipe).init)(params)
     # Pictures that share a caption are positives of each other, so a batch holds each caption at most once.
     groups: dict[str, list[int]] = {}
