@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,7 +30,11 @@ from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.distributed import AXES, abstract, make_mesh
 
 STEPS, STOP_AT = 20, 4
-GLOO = "[Gloo] "  # what the transport of CPU collectives says of itself on stdout
+# What the transport of CPU collectives says of itself on stdout: piece by piece and from several threads, so that one
+# line may hold the pieces of two, or none.
+GLOO = re.compile(
+    r"(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+)*"
+)
 SAME_STEPS = {
     "train.steps_per_task": STEPS,
     "train.batch_size": 8,
@@ -74,7 +79,7 @@ def of_pair(number: int, place: str) -> list[str]:
 
 
 def said(run: Ended) -> list[str]:
-    return [line for line in run.out.splitlines() if not line.startswith(GLOO)]
+    return [line for line in run.out.splitlines() if not GLOO.fullmatch(line)]
 
 
 # ---------------------------------------------------------------- what is said of other processes
