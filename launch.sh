@@ -194,7 +194,9 @@ case ${1:-} in
         install dev
         lint=0
         .venv/bin/python -m ruff check . || lint=$?
-        .venv/bin/python -m pytest "$@" || exit $?
+        chosen=(-n auto --maxprocesses=4 --dist loadgroup) # a worker per core; each takes up to 4 GB
+        (($# == 0)) || chosen=("$@")
+        .venv/bin/python -m pytest "${chosen[@]}" || exit $?
         if (($# == 0)) && has_compilers; then
             .venv/bin/python -m mora_jax.ops.gated_projection.compile_check || exit $?
         fi

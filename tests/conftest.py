@@ -35,7 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips slow tests unless --slow is given or -m speaks of them."""
+    """Skips slow tests unless --slow is given or -m speaks of them; keeps on one worker what shares expensive runs."""
+    for item in items:
+        together = "interruptions" if "world" in item.fixturenames else item.path.name
+        item.add_marker(pytest.mark.xdist_group(together))
     if config.getoption("--slow") or "slow" in config.getoption("markexpr"):
         return
     skip = pytest.mark.skip(reason="slow: run with --slow or -m slow")

@@ -199,10 +199,10 @@ def test_bit_flips_never_end_in_another_error(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(("width", "height"), [(8001, 8000), (12_000, 12_000), (60_000, 60_000)])
 def test_a_bomb_is_refused_before_it_is_unpacked(width: int, height: int) -> None:
     data = png_of(width, height, 1, 0, b"")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(MoraError, match=r"bomb\.png: .*pixels"):
         images.decode(data, "bomb.png")
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_a_bomb_in_a_text_chunk_is_refused() -> None:
