@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 
 READERS = 2  # tensors that are read at a time; each may be held twice, as stored and as it will be
 MAPPED = 1 << 21  # numbers of a stored tensor that are read at a time: so few that malloc uses the same pages again
-BLOCK, PAD = 256, 8  # rows and columns of a tile that is transposed inside the cache, and what parts its rows there
+BLOCK, PAD = 128, 8  # rows and columns of a tile that is transposed inside the cache, and what parts its rows there
 # A nested dict of arrays, the "params" collection of a model; also of `Unread`.
 Params = dict[str, Any]
 Index = tuple[slice, ...]
