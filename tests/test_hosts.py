@@ -109,7 +109,7 @@ def test_options_without_a_meaning_are_refused(options, says):
         ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, None),  # a batch script, outside of srun
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-4]"}, "slurm"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, "ompi"),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),  # a notebook
     ],
 )
 def test_who_started_this_process_is_known_from_its_environment(environment, method, monkeypatch):
@@ -141,12 +141,12 @@ GREET = MEET + "print(hosts.gathered({'me': jax.process_index(), 'text': 'x' * (
 LOSE = (
     MEET
     + """
-import os, time
+import os, signal
 from jax.experimental import multihost_utils
 def run(argv):
     for step in range(1000):
-        if step == 3 and jax.process_index() == 1:
-            os._exit(9)
+        if step == 3 and jax.process_index() == WHO:
+            ENDS
         multihost_utils.process_allgather(jax.numpy.ones(4))
 sys.exit(hosts.exit_code(run, []))
 """
@@ -177,6 +177,35 @@ def test_processes_of_a_launcher_meet_and_hear_each_other(started_by, environmen
         assert said(run) == ["[{'me': 0, 'text': 'x'}, {'me': 1, 'text': 'xx'}]"]
 
 
+POD = """
+import os
+from jax._src.clusters import cloud_tpu_cluster
+from mora_jax.runtime import hosts
+cloud_tpu_cluster.running_in_cloud_tpu_vm = hosts._in_pod = lambda *_: True
+hosts.start(hosts.from_options({}))
+import jax
+print(hosts.gathered(jax.process_index()))
+"""
+
+
+def test_workers_of_a_tpu_pod_meet_as_jax_finds_them(environment):
+    port = address().rpartition(":")[2]
+    # What Kubernetes tells each worker; the last three keep JAX from asking Google's metadata server.
+    pod = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "JAX_COORDINATOR_PORT": port}
+    pod |= {"MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+    each = [environment | pod | {"TPU_WORKER_ID": str(i)} for i in range(2)]
+    for run in all_ended([start([sys.executable, "-c", POD], variables) for variables in each]):
+        assert run.code == 0, run.err
+        assert said(run) == ["[0, 1]"]
+
+
+def test_a_taken_port_is_told_in_one_line(environment):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(MoraError, match=rf"--coordinator={place}: port \d+ of this host cannot be had"):
+            hosts.start(hosts.from_options({"coordinator": place, "processes": "2", "process": "0"}))
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_that_meets_nobody_says_where_it_waited(number, environment):
     place = address()
@@ -187,13 +216,36 @@ def test_a_process_that_meets_nobody_says_where_it_waited(number, environment):
     assert f"within 2 s at --coordinator={place}" in run.err
 
 
-def test_a_lost_process_ends_the_others(environment):
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others(lost, environment):
     place, began = address(), time.monotonic()
-    pair = [start([sys.executable, "-c", LOSE, *of_pair(number, place)], environment) for number in range(2)]
-    kept, lost = all_ended(pair)
-    assert lost.code == 9
+    program = LOSE.replace("WHO", str(lost)).replace("ENDS", "os._exit(9)")
+    pair = [start([sys.executable, "-c", program, *of_pair(number, place)], environment) for number in range(2)]
+    runs = all_ended(pair)
+    kept = runs.pop(1 - lost)
+    assert runs[0].code == 9
     assert kept.code not in (0, None)
     assert "error" in kept.err.lower()
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_frozen_process_ends_the_others_in_a_minute(lost, environment):
+    program = LOSE.replace("WHO", str(lost)).replace("ENDS", "os.kill(os.getpid(), signal.SIGSTOP)")
+    program = program.replace("hosts.CONNECT_SECONDS, hosts.LOST_SECONDS = 60, 3", f"print({hosts.LOST_SECONDS})")
+    place = address()
+    pair = [start([sys.executable, "-c", program, *of_pair(number, place)], environment) for number in range(2)]
+    try:
+        frozen = Path(f"/proc/{pair[lost].pid}/stat")
+        wait_for(pair[1 - lost], lambda: frozen.read_text().rpartition(")")[2].split()[0] == "T")
+        began = time.monotonic()
+        kept = ended(pair[1 - lost])
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+    assert kept.code not in (0, None)
     assert time.monotonic() - began < 60
 
 

@@ -77,6 +77,34 @@ def test_two_that_start_at_the_same_moment_do_not_both_go_on(bucket: str, short_
     assert (workdir / storage.LOCK).read_text() == other  # it is not ours to take away
 
 
+def test_an_owner_that_slept_too_long_ends_and_leaves_the_lock_alone(bucket: str, short_leases, monkeypatch, capfd):
+    workdir, codes = storage.at(f"{bucket}/w"), []
+    other = json.dumps({"host": "there", "pid": 7, "token": "theirs"})
+    monkeypatch.setattr(storage.hosts, "end", codes.append)
+    with storage.locked(workdir):
+        storage.write_text(workdir / storage.LOCK, other)
+        time.sleep(3 * storage.LEASE)
+    assert codes == [2]
+    assert (workdir / storage.LOCK).read_text() == other
+    assert "was taken over by process 7 on there" in capfd.readouterr().err
+
+
+def test_a_renewal_that_fails_is_tried_again(bucket: str, short_leases, monkeypatch, capfd):
+    workdir, write, failures = storage.at(f"{bucket}/w"), storage.write_text, iter([ConnectionError("no route")])
+
+    def unreliable(path: Path, text: str) -> None:
+        if '"turn"' in text and (failure := next(failures, None)):
+            raise failure
+        write(path, text)
+
+    monkeypatch.setattr(storage, "write_text", unreliable)
+    with storage.locked(workdir):
+        before = (workdir / storage.LOCK).read_text()
+        time.sleep(2 * storage.LEASE)
+        assert (workdir / storage.LOCK).read_text() != before
+    assert "cannot be renewed (no route); trying again" in capfd.readouterr().err
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -32,12 +32,13 @@ OPTIONS = ("coordinator", "processes", "process")
 
 
 class Cluster(NamedTuple):
-    """How the processes find each other: `method` is JAX's name of it; the rest is for `deactivate`, the explicit one.
+    """How the processes find each other: `method` is JAX's name of it, None where JAX is to look itself; the rest is
+    for `deactivate`, the explicit one.
 
     `place` says in an error where the coordinator was looked for.
     """
 
-    method: str
+    method: str | None
     place: str
     coordinator: str | None = None
     processes: int | None = None
@@ -81,7 +82,8 @@ def _found(environment: Mapping[str, str]) -> Cluster | None:
                 "--processes=$OMPI_COMM_WORLD_SIZE --process=$OMPI_COMM_WORLD_RANK"
             )
         return Cluster("ompi", f"OMPI_MCA_orte_hnp_uri={address}")
-    return Cluster("tpu", "the first worker of this TPU pod") if _in_pod(environment) else None
+    # JAX has a method each for the metadata of Compute Engine and for Kubernetes, and knows which of them answers here.
+    return Cluster(None, "the first worker of this TPU pod") if _in_pod(environment) else None
 
 
 def _in_pod(environment: Mapping[str, str]) -> bool:
@@ -102,6 +104,8 @@ def start(cluster: Cluster | None) -> None:
     if cluster is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if cluster.coordinator and cluster.process == 0:
+        _check_free(cluster)
 
     def give_up() -> None:
         print(
@@ -109,7 +113,7 @@ def start(cluster: Cluster | None) -> None:
             f"{cluster.place}; start all of them, and check that every host reaches that address",
             file=sys.stderr,
         )
-        _end(2)
+        end(2)
 
     watch = threading.Timer(CONNECT_SECONDS, give_up)
     watch.daemon = True
@@ -125,9 +129,25 @@ def start(cluster: Cluster | None) -> None:
             shutdown_timeout_seconds=LOST_SECONDS,
         )
     except (RuntimeError, ValueError) as problem:
-        raise MoraError(f"the processes cannot meet at {cluster.place}: {problem}") from problem
+        told = str(problem) or repr(problem)
+        alone = "; for one process alone: --coordinator=localhost:1 --processes=1 --process=0"
+        raise MoraError(
+            f"the processes cannot meet at {cluster.place}: {told}{'' if cluster.method else alone}"
+        ) from problem
     finally:
         watch.cancel()
+
+
+def _check_free(cluster: Cluster) -> None:
+    """MoraError if the coordinator's port is taken on this host, where JAX would end in a segmentation fault."""
+    port = int(cluster.coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as problem:
+        raise MoraError(
+            f"{cluster.place}: port {port} of this host cannot be had ({problem.strerror}); does an older run still "
+            "hold it?"
+        ) from problem
 
 
 def several() -> bool:
@@ -210,12 +230,12 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         if code:
             if first():  # the coordination service goes with this process, and then the others abort in mid-sentence
                 time.sleep(1)
-            _end(code)
+            end(code)
         jax.distributed.shutdown()
     return code
 
 
-def _end(code: int) -> None:
+def end(code: int) -> None:
     """Ends this process without waiting for others, as the usual way out would."""
     sys.stdout.flush()
     sys.stderr.flush()

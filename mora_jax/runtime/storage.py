@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -141,6 +142,7 @@ def _leased(workdir: Path) -> Iterator[None]:
     """
     lock, own = workdir / LOCK, {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
     if (found := _content(lock)) is not None:
+        print(f"{lock} is of {_owner(found)}; waiting {LEASE:.0f} s to see whether it still runs", file=sys.stderr)
         time.sleep(LEASE)
         now = _content(lock)
         if now is not None and now != found:
@@ -151,7 +153,15 @@ def _leased(workdir: Path) -> Iterator[None]:
         turn = 0
         while not over.wait(LEASE / RENEWALS):
             turn += 1
-            write_text(lock, json.dumps(own | {"turn": turn}))
+            try:
+                now = _content(lock)
+                if now is not None and own["token"] not in now:  # after a pause longer than the lease
+                    print(f"error: --workdir={workdir} was taken over by {_owner(now)}; this run ends", file=sys.stderr)
+                    return hosts.end(2)
+                write_text(lock, json.dumps(own | {"turn": turn}))
+            # Clients of buckets raise errors of many kinds; the next turn tries again, and the lease lasts for several.
+            except Exception as problem:
+                print(f"warning: {lock} cannot be renewed ({problem}); trying again", file=sys.stderr)
 
     write_text(lock, json.dumps(own))
     time.sleep(min(1.0, LEASE / RENEWALS))
@@ -164,7 +174,8 @@ def _leased(workdir: Path) -> Iterator[None]:
     finally:
         over.set()
         renewing.join()
-        lock.unlink(missing_ok=True)
+        if own["token"] in (_content(lock) or ""):
+            lock.unlink(missing_ok=True)
 
 
 def _content(lock: Path) -> str | None:
