@@ -48,6 +48,8 @@ from mora_jax.runtime.steplog import StepLog
 from mora_jax.runtime.storage import locked
 from mora_jax.runtime.writers import ZERO_SHOT_ROW, MetricsLog, row_name, write_lines
 
+SPACE = "classes that eval.label_space=joint tells apart (scores over other classes cannot stand in one R)"
+
 
 class Run:
     """One stream in one workdir. The methods stand in the order in which `teach` calls them."""
@@ -90,12 +92,13 @@ class Run:
         self.names = [task.name for task in self.tasks]
         self.lengths = configs.lengths(config, self.names, {task.name: task.epochs for task in self.tasks})
         self.method = from_config(config.method, config.kernel)
-        for task in self.tasks:  # a missing split is known before any work
+        for task, (steps, epochs) in zip(self.tasks, self.lengths, strict=True):  # known before any work
             task.split(config.eval.split)
-            if self.method.trains and len(task.split("train")) < config.train.batch_size:
+            records = len(task.split("train")) if self.method.trains else 0
+            if self.method.trains and (not records or (not steps and epochs * records < config.train.batch_size)):
                 raise MoraError(
-                    f"task {task.name} has {len(task.split('train'))} training records, "
-                    f"fewer than one batch of train.batch_size={config.train.batch_size}"
+                    f"task {task.name} has {records} training records, in {epochs} epochs fewer than one batch of "
+                    f"train.batch_size={config.train.batch_size}"
                 )
         self.mesh, self.family, self.sites = experiment.load_family(config, self.method, self.tasks)
 
@@ -123,6 +126,7 @@ class Run:
             changed += configs.differences(
                 {f"task {i} {k}": v for k, v in old.items()}, {f"task {i} {k}": v for k, v in new.items()}
             )
+        changed += configs.differences({SPACE: meta.get("label_space")}, {SPACE: self.family.label_space})
         if len(meta["stream"]) > len(self.tasks):
             gone = ", ".join(row["task"] for row in meta["stream"][len(self.tasks) :])
             changed.append(f"benchmark.tasks no longer holds {gone}")
@@ -175,6 +179,7 @@ class Run:
             "config": self.config.to_dict(),
             "fingerprint": self.fingerprint,
             "stream": self.stream_record(),
+            "label_space": self.family.label_space,
             "random": f"every draw comes from seed {self.config.seed} and the task's number; there is no running state",
             "progress": dataclasses.asdict(p),
         }

@@ -107,6 +107,9 @@ def test_half_prepared_aircraft(tmp_path: Path) -> None:
     (folder / "images_variant_train.txt").write_text(lines.replace("707-320", "707-321"))
     with pytest.raises(MoraError, match=r"images_variant_train\.txt, line 1: '707-321' is none of the 100 in variants"):
         archives.read_aircraft(folder)
+    (folder / "variants.txt").write_bytes(b"Boeing \xff")
+    with pytest.raises(MoraError, match=r"variants\.txt: not UTF-8 at byte 7"):
+        archives.read_aircraft(folder)
     (folder / "variants.txt").unlink()
     with pytest.raises(MoraError, match=r"fgvc_aircraft: half prepared: no variants\.txt; unpack the archive"):
         archives.read_aircraft(folder)
@@ -152,6 +155,14 @@ def test_half_prepared_mnist(tmp_path: Path) -> None:
         with pytest.raises(MoraError, match=message):
             archives.read_mnist(tmp_path)
     archives._idx.cache_clear()
+    packed = bytearray(gzip.compress(data))
+    packed[10] = 0xFF  # the first block is of a type that there is not
+    images.unlink()
+    images.with_suffix(".gz").write_bytes(packed)
+    with pytest.raises(MoraError, match=r"train-images-idx3-ubyte\.gz: cannot be read: .*invalid block type"):
+        archives.read_mnist(tmp_path)
+    archives._idx.cache_clear()
+    images.with_suffix(".gz").unlink()
     images.write_bytes(data)
     tiny_domains.write_idx(labels, np.full(20, 10, np.uint8))
     with pytest.raises(MoraError, match="train-labels-idx1-ubyte: legal: one label from 0 to 9 for each picture"):

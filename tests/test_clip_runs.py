@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,8 @@ def taught(pictures: Path, environment: dict[str, str], tmp_path_factory: pytest
     """The workdir of a finished run over two tasks; large steps, so that it learns something."""
     workdir = tmp_path_factory.mktemp("runs") / "taught"
     values = {"benchmark__root": pictures, "benchmark__tasks": "colours,shades", "benchmark__eval_limit": 0}
-    values |= {"benchmark__shots": 5, "train__steps_per_task": 40, "train__learning_rate": 0.02, "train__batch_size": 8}
+    # Six pictures of shades are fewer than a batch.
+    values |= {"benchmark__shots": 3, "train__steps_per_task": 40, "train__learning_rate": 0.02, "train__batch_size": 8}
     values |= {"train__class_bucket": 2, "method__capacity_bucket": 8}
     command = [*BINARY, f"--config={SOURCE}", f"--workdir={workdir}", *options(**values)]
     subprocess.run(command, cwd=ROOT, env=environment | FAST, capture_output=True, timeout=SECONDS, check=True)
@@ -60,7 +62,7 @@ def test_a_run_learns_and_tells(taught: Path) -> None:
     found = results(taught)
     assert found["complete"] is True
     assert (found["tasks"], found["metric"]) == (["colours", "shades"], ["accuracy"] * 2)
-    assert found["variant"] == ["5 shots drawn with seed 0"] * 2
+    assert found["variant"] == ["3 shots drawn with seed 0"] * 2
     assert found["eval_examples"] == [9, 6]
     assert None not in found["R"][0], "transfer needs tasks that are not taught yet"
     assert found["R"][0][0] > 60
@@ -75,6 +77,32 @@ def test_a_run_learns_and_tells(taught: Path) -> None:
     assert {"examples", "examples_per_second", "loss"} <= rows_of(taught)[0].keys()
     assert "tokens" not in rows_of(taught)[0]
     assert (taught / "report.html").exists()
+
+
+def test_the_pictures_that_were_drawn_are_recorded(taught: Path) -> None:
+    rows = [json.loads(line) for line in (taught / "shots" / "shades.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["answer"] for row in rows] == ["black"] * 3 + ["white"] * 3
+    assert len({row["prompt"] for row in rows}) == 6
+    assert rows[0]["prompt"].startswith("shades/train/black/")
+
+
+def test_tasks_are_not_added_where_all_classes_are_told_apart(
+    taught: Path, pictures: Path, main: Callable[..., Ended], tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(taught, tmp_path / "w")
+    command = shlex.split(results(taught)["command"])[3:]
+    words = [word for word in command if not word.startswith(("--workdir", "--config.benchmark.tasks"))]
+    run = main(*words, f"--workdir={workdir}", "--config.benchmark.tasks=colours,shades,stripes")
+    assert_refused(run, "classes that eval.label_space=joint tells apart", "5 -> 7")
+    assert (workdir / "results.json").read_bytes() == (taught / "results.json").read_bytes()
+
+
+def test_weights_of_another_clip_are_not_the_named_one(
+    pictures: Path, main: Callable[..., Ended], tmp_path: Path
+) -> None:
+    clip_weights.save_params(random_params(TINY), TINY, tmp_path / "weights")
+    given = {"benchmark__root": pictures, "model__name": "clip-vit-b16", "model__weights": tmp_path / "weights"}
+    refuse(main, SOURCE, tmp_path, "vision d_model is 24", "clip-vit-b16", "768", "model.name=custom", **given)
 
 
 def rows_of(workdir: Path) -> list[dict]:

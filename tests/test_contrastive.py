@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,6 +142,17 @@ def test_a_picture_is_compared_with_the_classes_of_all_tasks_or_of_its_own(
             seen |= {":" in text for text in found if space == "joint"}
             assert not any(":" in text for text in found if space == "own")
     assert seen == {True, False}, "both kinds of answers are shown"
+
+
+def test_classes_of_one_text_are_one_answer(model: ClipModel, tasks: list[PictureTask]) -> None:
+    """As in a stream of photographs, sketches and so on of the same things."""
+    first, again = tasks[0], dataclasses.replace(tasks[0], name="again")
+    family = family_of(model, [first, again], eval__label_space="joint")
+    found = answers(family, again)
+    assert found == answers(family, first)
+    assert set(found) <= set(first.classes)
+    assert family.chance(again) == pytest.approx(100 / len(first.classes))
+    assert family.label_space == len(first.classes)
 
 
 def test_class_texts_are_embedded_once_for_a_row(model: ClipModel, tasks: list[PictureTask]) -> None:

@@ -54,6 +54,17 @@ def test_an_eval_split_is_optional(root: Path) -> None:
         load(root).split("eval")
 
 
+def test_pictures_decide_the_digest(root: Path) -> None:
+    before = load(root).digest
+    assert load(root).digest == before
+    path = root / "colours" / "test" / "red" / "0.png"
+    shutil.copy(root / "colours" / "test" / "green" / "0.png", path)
+    assert load(root).digest != before
+    path.unlink()
+    path.symlink_to(root / "nowhere")  # told when it is to be read
+    assert len(load(root).digest) == 64
+
+
 def test_names_and_templates_may_be_given(root: Path) -> None:
     (root / "colours" / "classnames.txt").write_text("red = scarlet\n\ngreen=light green\ndark_blue = navy\n")
     (root / "colours" / "templates.txt").write_text("a patch of {}.\n{} everywhere.\n")

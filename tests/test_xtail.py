@@ -156,10 +156,19 @@ def test_the_split_file_of_another_set(tmp_path: Path) -> None:
         load(tmp_path, "EuroSAT")
 
 
-def test_another_spelling_is_the_files_own(tmp_path: Path) -> None:
+def test_another_spelling_is_the_files_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     names = ("annual crop land", *DOMAINS["EuroSAT"].classes[1:9], "Lake or Sea")
     tiny_domains.write_coop(tmp_path, "EuroSAT", classes=names)
     assert load(tmp_path, "EuroSAT")[0].classes == names
+    said = "task 'EuroSAT': 1 of 10 class names are the files' own: 'Lake or Sea'"
+    assert capfd.readouterr().err.strip() == said
+
+
+def test_names_of_another_set_are_refused(tmp_path: Path) -> None:
+    names = ("zebra", "lion", "tiger", *DOMAINS["EuroSAT"].classes[3:])
+    tiny_domains.write_coop(tmp_path, "EuroSAT", classes=names)
+    with pytest.raises(MoraError, match="the files list 10 classes, 3 of them unknown, such as 'zebra'"):
+        load(tmp_path, "EuroSAT")
 
 
 # --- the three numbers ------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Ten unlike sets of pictures, taught one after another from 16 pictures a class (`benchmark.shots=16`), 1100 classes
 together. After every task all ten are tested against one joint list of the 1100 classes (`eval.label_space=joint`):
 nobody tells the model which set a picture is from. Each class is one text, from one template. Two texts are the same,
-`a photo of a pagoda.` of Caltech101 and of SUN397; so they are in the published runs.
+`a photo of a pagoda.` of Caltech101 and of SUN397, and count as one answer here; the published code counts the classes,
+by which the second pagoda is always wrong: one class of SUN397's 397.
 
 Where the pictures lie, and which splits are the published ones: `mora_jax.benchmarks.domains.reading`.
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -141,7 +142,10 @@ def read_coop(folder: Path, split_file: str, images: str) -> PictureSet:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise MoraError(f"{path.parent}: half prepared: no {path.name}; unpack the archive of FGVC Aircraft there")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise MoraError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def has_aircraft(folder: Path) -> bool:
@@ -186,7 +190,7 @@ def _idx(path: str, axes: int) -> np.ndarray:
     """The bytes of an idx file in its shape; MoraError if it is none with that many axes, or cut short."""
     try:
         data = gzip.decompress(Path(path).read_bytes()) if path.endswith(".gz") else Path(path).read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise MoraError(f"{path}: cannot be read: {error}") from None
     header = 4 * (1 + axes)
     numbers = [int.from_bytes(data[i : i + 4], "big") for i in range(0, min(header, len(data)), 4)]

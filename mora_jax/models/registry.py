@@ -75,6 +75,8 @@ class ClipModel:
         return self.config.text.vocab_size
 
 
+# What makes a published CLIP the one it is called.
+_SIZES = ("d_model", "d_ff", "layers", "heads", "activation", "image_size", "patch_size", "vocab_size", "context")
 KINDS = {"decoder": LanguageModel, "clip": ClipModel}
 
 
@@ -143,6 +145,26 @@ def _on_hub(hub_id: str) -> Callable[[str, Any, int], LanguageModel | ClipModel]
     return lambda weights, dtype, seed: _from_weights(weights or hub_id, dtype, seed)
 
 
+def _published_clip(name: str) -> Callable[[str, Any, int], LanguageModel | ClipModel]:
+    """A CLIP of the table, from the hub or from `model.weights`, which must be of its sizes."""
+    published = clip_config.PUBLISHED[name]
+
+    def load(weights: str, dtype: Any, seed: int) -> LanguageModel | ClipModel:
+        model = _from_weights(weights or published.hub_id, dtype, seed)
+        if isinstance(model, ClipModel):
+            for part in ("vision", "text"):
+                found, wanted = vars(getattr(model.config, part)), vars(getattr(published.config, part))
+                if differing := [key for key in _SIZES if key in wanted and found[key] != wanted[key]]:
+                    key = differing[0]
+                    raise MoraError(
+                        f"model.weights={weights!r}: {part} {key} is {found[key]!r}, model.name={name!r} has "
+                        f"{wanted[key]!r}; use model.name=custom for another CLIP"
+                    )
+        return model
+
+    return load
+
+
 def _tiny(weights: str, dtype: Any, seed: int) -> LanguageModel:
     """Random weights, byte tokens: for smoke runs, which need no download and mean nothing."""
     if weights:
@@ -189,7 +211,7 @@ MODELS: Mapping[str, Row] = {
     "small-clip": Row("clip", _small_clip),
     "tiny_clip": Row("clip", _tiny_clip),
     **{name: Row("decoder", _on_hub(hub_id)) for name, hub_id in HUB.items()},
-    **{name: Row("clip", _on_hub(published.hub_id)) for name, published in clip_config.PUBLISHED.items()},
+    **{name: Row("clip", _published_clip(name)) for name in clip_config.PUBLISHED},
 }
 
 

@@ -1,7 +1,7 @@
 """The sizes of a CLIP of our own for 64-pixel pictures: 10 million parameters, which a laptop trains in minutes.
 
 No package on PyPI, npm or Debian holds CLIP weights, so this one is trained on the spot: see `runtime.pretraining`. It
-stands for "a pretrained CLIP" in streams that must run on a fresh machine; it knows emoji and clip art, no photographs.
+stands for "a pretrained CLIP" in streams that must run on a fresh machine; it knows emoji, no photographs.
 """
 
 from __future__ import annotations

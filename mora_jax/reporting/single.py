@@ -13,6 +13,7 @@ from mora_jax.reporting import gatemaps
 from mora_jax.reporting.charts import Axis, Series, line_chart, share_bars
 from mora_jax.reporting.markup import Markup, breakable, el, embedded, heat_table, number, section, table
 from mora_jax.reporting.workdir import Workdir
+from mora_jax.runtime.results import variants_of
 from mora_jax.runtime.writers import ZERO_SHOT_ROW, row_name
 
 LOSS_POINTS = 400  # drawn of a longer loss curve, each the mean of the steps around it
@@ -32,6 +33,7 @@ def claim(run: Workdir) -> Markup:
         "method": r["method"],
         "model": r["model"],
         "benchmark": f"{r['benchmark']}: {' → '.join(run.tasks)}",
+        **({"data": said} if (said := variants_of(run.tasks, r.get("variant", [""] * tasks))) else {}),
         "seed": r["seed"],
         "device": r["device"],
         "versions": versions,

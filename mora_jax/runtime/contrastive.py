@@ -59,7 +59,7 @@ class Classes(NamedTuple):
 
 
 class Classification(NamedTuple):
-    """Names of classes in the order of the pictures; a class of another task is `task: class`."""
+    """Names of classes in the order of the pictures; a class that only another task has is `task: class`."""
 
     texts: list[str | None]
     gates: GateCounts
@@ -84,6 +84,8 @@ class ClipFamily:
         self.classes = [(task.name, name) for task in tasks for name in task.classes]
         # One width for the whole stream, or the train step would be traced again for longer names.
         texts = [text for task in tasks for text in _texts(task, len(task.templates))]
+        # Two classes of one text, such as the dogs of photographs and of sketches, are one answer.
+        self._meaning = [text for task in tasks for text in _texts(task, 1)]
         longest = max((int(np.argmax(row)) for row in self._tokenizer(texts) == self._tokenizer.end_id), default=0) + 1
         self.width = min(-(-longest // TEXT_BUCKET) * TEXT_BUCKET, model.config.text.context)
         whole = NamedSharding(mesh, P())  # every process reads the answers
@@ -137,7 +139,11 @@ class ClipFamily:
         return own if self.config["eval"]["label_space"] == "own" else np.ones_like(own)
 
     def chance(self, task: PictureTask) -> float:
-        return 100.0 / self._legal(task).sum()
+        return 100.0 / len({self._meaning[i] for i in np.flatnonzero(self._legal(task))})
+
+    @property
+    def label_space(self) -> int | None:
+        return len(set(self._meaning)) if self.config["eval"]["label_space"] == "joint" else None
 
     def _reader(self, task: PictureTask, records: Sequence[Picture]) -> pictures.Reader:
         return pictures.Reader(records, self.sizes.vision.image_size, f"task {task.name}")
@@ -210,7 +216,8 @@ class ClipFamily:
 
     def _name(self, index: int, task: PictureTask) -> str:
         owner, name = self.classes[index]
-        return name if owner == task.name else f"{owner}: {name}"
+        own = dict(zip(_texts(task, 1), task.classes, strict=True))
+        return own.get(self._meaning[index], f"{owner}: {name}")
 
     # -------------------------------------------------------------------- gates
 
@@ -235,4 +242,4 @@ class ClipFamily:
 
 def _texts(task: PictureTask, templates: int) -> list[str]:
     """The texts that name the classes: of each class its first so many templates."""
-    return [template.format(name) for name in task.classes for template in task.templates[:templates]]
+    return [template.replace("{}", name) for name in task.classes for template in task.templates[:templates]]

@@ -94,12 +94,16 @@ class Display:
         self.console.print(table)
 
     def gains(
-        self, tasks: Sequence[str], final: Sequence[float | None], baselines: Mapping[str, Sequence[float | None]]
+        self,
+        tasks: Sequence[str],
+        what: str,
+        final: Sequence[float | None],
+        baselines: Mapping[str, Sequence[float | None]],
     ) -> None:
-        """The last row of R beside each baseline and the gain over it, in percentage points."""
-        table = Table(title="last row of R, and gain in points over ...", title_justify="left", title_style="bold")
+        """One row of scores beside each baseline and the gain over it, in percentage points."""
+        table = Table(title=f"{what}, and gain in points over ...", title_justify="left", title_style="bold")
         table.add_column("task")
-        table.add_column("last", justify="right")
+        table.add_column("score", justify="right")
         for name in baselines:
             table.add_column(name, justify="right")
         for i, task in enumerate(tasks):

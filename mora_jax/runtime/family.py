@@ -78,12 +78,17 @@ class Family(Protocol):
     identity: names its weights. params: them, on the mesh. site_kinds: the path of every dense layer that a method may
     adapt, with its kind. heads: how many attention heads there are, by name. rate: the count of a batch (see `count`)
     by which speed is told. weight: see `TrainStep`; None where the loss of a batch is no mean over its rows.
+    label_space: how many classes of all tasks every score of the run is measured against; None where each task has its
+    own measure, so that tasks may be added to a stream.
     """
 
     identity: str
     params: Mapping[str, Any]
     rate: str
     weight: Callable[[Mapping[str, Array]], Float[Array, ""]] | None
+
+    @property
+    def label_space(self) -> int | None: ...
 
     @property
     def site_kinds(self) -> dict[SitePath, str]: ...

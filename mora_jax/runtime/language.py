@@ -54,6 +54,7 @@ class LanguageFamily:
     """A decoder with its tokenizer, placed on a mesh, ready to be taught a stream of text tasks; a `family.Family`."""
 
     rate = "tokens"
+    label_space = None  # texts are scored by their own task
 
     def __init__(self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh):
         self.config, self.mesh, self.tokenizer = config, mesh, model.tokenizer

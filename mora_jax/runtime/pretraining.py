@@ -30,6 +30,7 @@ from mora_jax.models.clip import CLIP, initialise
 from mora_jax.models.clip_config import CLIPConfig
 from mora_jax.models.clip_tokenizer import ClipTokenizer
 from mora_jax.runtime.display import Display
+from mora_jax.runtime.results import device, versions
 
 REPORT_FILE = "pretraining.json"  # beside the weights
 _MAX_LOGIT_SCALE = float(np.log(100.0))  # arXiv 2103.00020, section 2.5
@@ -227,7 +228,8 @@ def trained(
         f"{name}: of {held_out.sum()} pictures not trained on, {top:.1f} % find their caption (chance {chance:.1f} %); "
         f"{seconds:.0f} s"
     )
-    report = {**decides, "losses": losses, "retrieval_percent": top, "chance_percent": chance, "seconds": seconds}
+    told = {"retrieval_percent": top, "chance_percent": chance, "seconds": seconds}
+    report = {**decides, "losses": losses, **told, "device": device(), "versions": versions()}
     packages.made(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="training-") as temporary:
         complete = Path(temporary) / "model"

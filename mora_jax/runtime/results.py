@@ -49,6 +49,7 @@ class Results:
         self.method, self.sites, self.display = method, sites, display
         self.path = workdir / "results.json"
         self.names = [task.name for task in tasks]
+        self.drawn = {task.name: task.split("train") for task in tasks} if config.benchmark.shots else {}
         self.frozen_parameters = frozen_parameters
         split = config.eval.split
         fresh = jax.eval_shape(lambda: banks.new_fresh(sites, method, 0, 0)) if method.trains else {}
@@ -73,16 +74,20 @@ class Results:
         }
 
     def introduce(self) -> None:
-        """The table a run begins with."""
+        """The table a run begins with, and shots/TASK.jsonl: the records that were drawn."""
+        for task, records in self.drawn.items():
+            rows = ({"prompt": record.prompt, "answer": record.answer} for record in records)
+            write_lines(self.path.parent / "shots" / f"{task}.jsonl", rows)
         m, facts, c = self.method, self.facts, self.facts["config"]
         last = len(self.names) - 1
         full = jax.eval_shape(lambda: banks.empty(self.sites, m.capacity(last))) if m.trains else {}
         experts = f"{m.rank if m.trains else 0} experts at {facts['sites']} sites"
         model = c["model"]
         kept = model["dtype"] + ("" if model["quantise"] == "none" else f", dense kernels {model['quantise']}")
-        variants = ", ".join(filter(None, dict.fromkeys(facts["variant"])))
+        variants = variants_of(self.names, facts["variant"])
         self.display.facts("this run", {
-            "benchmark": f"{facts['benchmark']}{variants and f' ({variants})'}: {' -> '.join(self.names)}",
+            "benchmark": f"{facts['benchmark']}: {' -> '.join(self.names)}",
+            **({"data": variants} if variants else {}),
             "model": f"{facts['model']} ({kept}), {self.frozen_parameters:,} frozen parameters",
             "method": facts["method"],
             "trainable": f"{facts['trainable_parameters']:,} parameters per task: {experts}",
@@ -172,21 +177,29 @@ class Results:
         """The tables a run ends with."""
         trains = self.method.trains
         self.display.matrix(self.names, p.zero_shot, p.R if trains else None)
-        if trains:
-            baselines = {
-                "zero-shot": p.zero_shot,
-                "zero-shot, lenient": p.zero_shot_lenient,
-                "majority": self.facts["majority"],
-                "chance": self.facts["chance"],
-            }
-            baselines = {name: row for name, row in baselines.items() if row != [None] * len(self.names)}
-            self.display.gains(self.names, p.R[len(self.names) - 1], baselines)
+        baselines = {"zero-shot": p.zero_shot, "zero-shot, lenient": p.zero_shot_lenient} if trains else {}
+        baselines |= {name: self.facts[name] for name in ("majority", "chance")}
+        baselines = {name: row for name, row in baselines.items() if row != [None] * len(self.names)}
+        if baselines:
+            row = ("last row of R", p.R[len(self.names) - 1]) if trains else ("zero-shot", p.zero_shot)
+            self.display.gains(self.names, *row, baselines)
         self.display.summary(p.summary(trains))
         active, none = p.gate_report()
         if self.method.has_gates and active is not None:
             self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
         seconds, traces = f"{p.wall_seconds:.0f} s in all", f"train step traced {p.train_traces}x"
         self.display.say(f"{self.path} written; {seconds}; {traces}")
+
+
+def variants_of(tasks: Sequence[str], variants: Sequence[str]) -> str:
+    """Which set of its data each task is; "" where none has several."""
+    told: dict[str, list[str]] = {}
+    for task, variant in zip(tasks, variants, strict=True):
+        told.setdefault(variant, []).append(task)
+    told.pop("", None)
+    if list(told.values()) == [list(tasks)]:
+        return next(iter(told))
+    return "; ".join(f"{', '.join(of)}: {variant}" for variant, of in told.items())
 
 
 def _gate_entry(count: GateCounts, origins: Sequence[str]) -> dict[str, Any]:

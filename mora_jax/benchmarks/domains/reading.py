@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -30,6 +31,7 @@ from mora_jax.errors import MoraError
 LAYOUT = "the folder that holds the sets of pictures, in CoOp's layout or prepared by TFDS"
 AIRCRAFT_FOLDERS = ("fgvc_aircraft", "fgvc-aircraft-2013b/data")
 MNIST_FOLDERS = ("mnist", "MNIST/raw", "mnist/MNIST/raw")
+STRANGE = 0.25  # share of a set's class names that may be spelled as we do not know them
 SHARES = (0.5, 0.2)  # of train and eval where the splits are drawn here
 
 # A set as it was found: what its task's `variant` says, and what reads it.
@@ -116,11 +118,17 @@ def _with_its_classes(domain: Domain, read: Callable[[], PictureSet]) -> Picture
     found = read()
     known = set(map(_folded, domain.classes))
     strange = [name for name in found.classes if _folded(name) not in known]
-    if len(found.classes) != len(domain.classes) or 2 * len(strange) > len(known):
+    if len(found.classes) != len(domain.classes) or len(strange) > STRANGE * len(known):
         example = f", {len(strange)} of them unknown, such as {strange[0]!r}" if strange else ""
         raise MoraError(
             f"task {domain.name!r}: the files list {len(found.classes)} classes{example}; the set has "
             f"{len(domain.classes)}, such as {domain.classes[0]!r}"
+        )
+    if strange:
+        names = ", ".join(map(repr, strange[:3])) + (", ..." if len(strange) > 3 else "")
+        print(
+            f"task {domain.name!r}: {len(strange)} of {len(known)} class names are the files' own: {names}",
+            file=sys.stderr,
         )
     return found
 
