@@ -103,7 +103,7 @@ class Run:
         self.mesh, self.family, self.sites = experiment.load_family(config, self.method, self.tasks)
 
         # ---------------------------------------------------------------- what is trained, and how
-        if self.method.trains and distributed.chosen(config.mesh):
+        if self.method.trains and (distributed.chosen(config.mesh) or hosts.several()):
             distributed.check_mesh(self.mesh, {}, config.train.batch_size, config.train.accumulate)
         self.optimizer = make_optimizer(config.train)
         c, parts = config.train, (config.train.accumulate, self.family.weight)

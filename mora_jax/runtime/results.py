@@ -21,6 +21,7 @@ from mora_jax.methods import bank as banks
 from mora_jax.methods.gates import ACTIVE
 from mora_jax.methods.method import Method
 from mora_jax.runtime.display import Display
+from mora_jax.runtime.distributed import chosen
 from mora_jax.runtime.family import GateCounts, GateMap
 from mora_jax.runtime.progress import Progress
 from mora_jax.runtime.state import count_parameters
@@ -85,6 +86,9 @@ class Results:
         model = c["model"]
         kept = model["dtype"] + ("" if model["quantise"] == "none" else f", dense kernels {model['quantise']}")
         variants = variants_of(self.names, facts["variant"])
+        size, parts, devices = c["train"]["batch_size"], c["train"]["accumulate"], jax.device_count()
+        shared = chosen(c["mesh"]) or size // parts % devices == 0  # a mesh that was asked for is refused otherwise
+        waste = "" if shared else ", which do not divide it: each computes all of them"
         self.display.facts("this run", {
             "benchmark": f"{facts['benchmark']}: {' -> '.join(self.names)}",
             **({"data": variants} if variants else {}),
@@ -92,7 +96,7 @@ class Results:
             "method": facts["method"],
             "trainable": f"{facts['trainable_parameters']:,} parameters per task: {experts}",
             "bank": f"{count_parameters(full):,} parameters when full: up to {m.live_after(last)} experts per site",
-            "global batch": f"{c['train']['batch_size']} examples a step on {jax.device_count()} device(s)",
+            "global batch": f"{size} examples a step on {devices} device(s){waste}",
             "device": facts["device"],
             "workdir": str(self.path.parent),
         })  # fmt: skip
