@@ -47,7 +47,12 @@ def test_every_record_is_seen_once_an_epoch() -> None:
     assert order.shape == (5, 4)
     assert sorted(order.reshape(-1)[:10]) == sorted(order.reshape(-1)[10:]) == list(range(10))
     assert list(order.reshape(-1)[:10]) != list(range(10))
-    assert plan_batches(10, batch_size=4, steps=0, epochs=1, seed=0).shape == (2, 4)
+
+
+def test_a_batch_that_an_epoch_leaves_open_is_filled_from_the_next() -> None:
+    order = plan_batches(10, batch_size=4, steps=0, epochs=1, seed=0)
+    assert order.shape == (3, 4)
+    assert sorted(Counter(order.reshape(-1).tolist()).values()) == [1] * 8 + [2] * 2
 
 
 def test_steps_go_through_as_many_epochs_as_they_need() -> None:
@@ -66,7 +71,7 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 
 def test_a_batch_has_the_pictures_of_its_labels() -> None:
     batches = list(pipeline(train_plan(Reader(records(9), SIZE, "train"))))
-    assert len(batches) == 4
+    assert len(batches) == 5
     for batch in batches:
         assert (batch["pictures"].shape, batch["pictures"].dtype) == ((4, SIZE, SIZE, 3), np.uint8)
         assert batch["labels"].dtype == np.int32
