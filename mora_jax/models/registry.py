@@ -216,12 +216,13 @@ def load_model(config: Mapping[str, Any], seed: int) -> LanguageModel | ClipMode
     model = dataclasses.replace(model, params=quantised.coded(model.params, config.get("quantise", quantised.NONE)))
     if not isinstance(model, KINDS[kind_of(config)]):
         raise MoraError(f"model.weights={config['weights']!r} is of another kind than model.name={config['name']!r}")
-    if model.tokenizer.vocab_size > model.vocab_size:
+    tokenizer, rows = model.tokenizer, model.vocab_size
+    if tokenizer.reach > rows:
         raise MoraError(
-            f"the tokenizer of model.name={config['name']!r} has {model.tokenizer.vocab_size} tokens, "
-            f"more than the {model.vocab_size} rows of the model's embedding"
+            f"the tokenizer of model.name={config['name']!r} makes ids up to {tokenizer.reach - 1}, more than "
+            f"the {rows} rows of the model's embedding can hold"
         )
-    return model
+    return dataclasses.replace(model, tokenizer=tokenizer.for_rows(rows))
 
 
 def _identity(files: Any) -> str:

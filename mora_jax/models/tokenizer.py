@@ -43,8 +43,9 @@ class Tokenizer:
 
     `bos_id` is the beginning-of-sequence token that the tokenizer has, whether or not it asks to be added (None where
     there is none); `eos_id` ends an answer; `pad_id` falls back to `eos_id`, padding is masked anyway. `vocab_size` is
-    one more than the largest id; a model's embedding may have more rows. Added tokens that are not special (a model's
-    own markup such as runs of spaces) are ordinary vocabulary and are recognised in text.
+    one more than the largest id, `reach` one more than the largest that a text, bos or eos has: special tokens that
+    were added to a vocabulary come from no text, and a model's embedding need not have rows for them. Added tokens that
+    are not special (a model's own markup such as runs of spaces) are ordinary vocabulary and are recognised in text.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
+        added = (token for token, content in backend.get_added_tokens_decoder().items() if not content.special)
+        ends = (token for token in (bos_id, eos_id) if token is not None)
+        self.reach = 1 + max([*backend.get_vocab(with_added_tokens=False).values(), *added, *ends])
         for kind, token in (("bos", bos_id), ("eos", eos_id), ("pad", self.pad_id)):
             spelling = None if token is None else backend.id_to_token(token)
             if token is not None and spelling is None:
@@ -94,6 +98,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids. Special tokens and ids outside the vocabulary are skipped."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def for_rows(self, rows: int) -> Tokenizer:
+        """The tokenizer for an embedding of so many rows: where pad has none, as in some fine-tunes, eos is the pad."""
+        if self.pad_id < rows:
+            return self
+        return Tokenizer(self._backend, bos_id=self.bos_id, eos_id=self.eos_id)
 
     @classmethod
     def from_gguf(cls, path: str | Path | GGUFFile) -> Tokenizer:
