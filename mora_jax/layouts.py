@@ -23,7 +23,7 @@ from mora_jax.adapter import CHANGEABLE, Adapter, Rows, from_workdir
 from mora_jax.errors import MoraError, unknown
 from mora_jax.methods.boundaries import BOUNDARIES
 from mora_jax.methods.method import from_config
-from mora_jax.models.hf import read_json
+from mora_jax.models.hf import checked_slice, read_json
 from mora_jax.models.keytable import dense_modules
 from mora_jax.runtime import storage
 from mora_jax.runtime.writers import write_json
@@ -96,14 +96,19 @@ def _layers(adapter: Adapter, frozen: tuple[str, str], fresh: tuple[str, str] | 
     return tensors
 
 
+def _split(name: str) -> re.Match[str] | None:
+    """The module and the end of a tensor's name in a state dict; None for what is no expert."""
+    return _NAME.fullmatch(name.replace(".default.", "."))  # PEFT's name of an adapter that was given none
+
+
 def _from_layers(tensors: Tensors, source: object) -> Rows:
     layer_number = {path: re.escape(name).replace(r"\{layer\}", r"(\d+)") for path, name in MODULES.items()}
     patterns = {path: re.compile(rf"(?:.*\.)?{name}") for path, name in layer_number.items()}
     found: dict[tuple[str, ...], dict[int, dict[tuple[str, str], np.ndarray]]] = {}
     for name, array in tensors.items():
-        split = _NAME.fullmatch(name.replace(".default.", "."))  # PEFT's name of an adapter that was given none
+        split = _split(name)
         if split is None:
-            continue  # a state dict of a whole model holds the frozen weights too
+            continue  # a frozen weight
         module, end = split.groups(default="")
         hits = [(path, match) for path, pattern in patterns.items() if (match := pattern.fullmatch(module))]
         if not hits:
@@ -319,7 +324,10 @@ def _checked(adapter: Adapter, source: Path) -> Adapter:
 
 def _read_safetensors(path: Path) -> Tensors:
     try:
-        return {name: t.astype(np.float32) for name, t in safetensors.numpy.load_file(path).items()}
+        with safetensors.safe_open(path, framework="numpy") as file:
+            # a state dict may hold the frozen weights too, in any dtype; names of our own layout have no dot
+            names = [name for name in file.keys() if "." not in name or _split(name)]  # noqa: SIM118  no mapping
+            return {name: checked_slice(file, name, path)[:].astype(np.float32) for name in names}
     except (OSError, safetensors.SafetensorError) as problem:
         raise MoraError(f"{path}: not a readable safetensors file ({problem})") from None
 

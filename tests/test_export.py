@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -217,6 +218,30 @@ def test_a_state_dict_that_does_not_fit_is_named(change: Callable, parts: list[s
         layouts.load_state_dict(file, configs.load(f"{CONFIG}:smoke", {}))
     for part in [str(file), *parts]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["mora", "authors"])
+def test_an_expert_in_a_dtype_that_is_not_read_is_named(layout: str, tmp_path: Path) -> None:
+    layouts.save(drawn("mora"), tmp_path / "a", layout)
+    tensors, file = tensors_of(tmp_path / "a"), tmp_path / "a" / layouts.TENSORS
+    *_, last = sorted(tensors)
+    tensors[last] = tensors[last].astype(ml_dtypes.float8_e4m3fn)
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(MoraError) as caught:
+        layouts.load(tmp_path / "a", {})
+    assert str(caught.value) == f"{file}: tensor {last!r} has dtype F8_E4M3; known: F64, F32, F16, BF16"
+
+
+def test_frozen_weights_beside_the_experts_may_have_any_dtype(tmp_path: Path) -> None:
+    layouts.save(drawn("mora"), tmp_path / "a", "authors")
+    state, file = tensors_of(tmp_path / "a"), tmp_path / "state.safetensors"
+    state["model.layers.0.self_attn.q_proj.weight"] = np.zeros((2, 2), ml_dtypes.float8_e4m3fn)
+    state["model.position_ids"] = np.arange(3)
+    safetensors.numpy.save_file(state, file)
+    adapter = layouts.load_state_dict(file, configs.load(f"{CONFIG}:smoke", {}))
+    np.testing.assert_array_equal(
+        adapter.rows["layers", "attn", "q"]["keys"], drawn("mora").rows["layers", "attn", "q"]["keys"]
+    )
 
 
 class Harmful:

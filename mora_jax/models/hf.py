@@ -100,14 +100,19 @@ def open_tensors(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Rea
     def read(entry: Entry, index: Index) -> np.ndarray:
         path = owners[entry.name]
         with safetensors.safe_open(path, framework="numpy") as file:  # opened anew: closing gives its pages back
-            stored = file.get_slice(entry.name)
-            if stored.get_dtype() not in _DTYPES:
-                known = ", ".join(_DTYPES)
-                raise MoraError(f"{path}: tensor {entry.name!r} has dtype {stored.get_dtype()}; known: {known}")
+            stored = checked_slice(file, entry.name, path)
             whole = all(cut == slice(0, size) for cut, size in zip(index, entry.stored_shape, strict=True))
             return file.get_tensor(entry.name) if whole else stored[index]
 
     return shapes, read
+
+
+def checked_slice(file: Any, name: str, path: Path) -> Any:
+    """The slice `name` of an open safetensors file; MoraError naming both if its dtype is no float that we know."""
+    stored = file.get_slice(name)
+    if stored.get_dtype() not in _DTYPES:
+        raise MoraError(f"{path}: tensor {name!r} has dtype {stored.get_dtype()}; known: {', '.join(_DTYPES)}")
+    return stored
 
 
 def save_params(params: Params, config: DecoderConfig, folder: Path) -> None:
