@@ -25,6 +25,7 @@ from mora_jax.methods.boundaries import BOUNDARIES
 from mora_jax.methods.method import from_config
 from mora_jax.models.hf import checked_slice, read_json
 from mora_jax.models.keytable import dense_modules
+from mora_jax.models.registry import base_id
 from mora_jax.runtime import storage
 from mora_jax.runtime.writers import write_json
 
@@ -189,11 +190,11 @@ def _has_constant_gates(adapter: Adapter) -> None:
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    n, model = adapter.experts, adapter.config.model
+    n = adapter.experts
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.weights or model.name,
+        "base_model_name_or_path": base_id(adapter.config.model),
         "r": n,
         "lora_alpha": adapter.method.scale * n,  # PEFT's scale is lora_alpha / r
         "lora_dropout": 0.0,

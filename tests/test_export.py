@@ -279,6 +279,23 @@ def test_peft_loads_the_folder_with_equal_logits(method: str, tmp_path: Path) ->
     np.testing.assert_allclose(logits(adapter), theirs.numpy(), rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        ("smollm2-135m", "", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("gemma-2b", "", "google/gemma-2b-it"),
+        ("gemma-2b", "/models/gemma", "/models/gemma"),
+        ("custom", "org/model", "org/model"),
+    ],
+)
+def test_peft_is_told_a_base_model_that_it_can_load(name: str, weights: str, expected: str, tmp_path: Path) -> None:
+    adapter = drawn("inc_lora")
+    with adapter.config.unlocked():
+        adapter.config.model.update({"name": name, "weights": weights})
+    layouts.save(adapter, tmp_path / "a", "peft")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+
+
 # ---------------------------------------------------------------- what is refused
 
 

