@@ -207,6 +207,9 @@ def test_an_embedding_without_rows_for_texts_is_refused_and_one_without_a_row_fo
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer = load_model(config, 0).tokenizer
     assert (tokenizer.vocab_size, tokenizer.pad_id) == (259, 257)
+    identity = load_model(config, 0).identity
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not read, as model.safetensors is there")
+    assert load_model(config, 0).identity == identity
     backend.add_tokens(["<indent>"])
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(MoraError, match=r"model.name='custom' makes ids up to 259, more than the 258 rows"):

@@ -25,6 +25,7 @@ from mora_jax.models.unread import Entry, Index, Params, Read, load
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DOWNLOADS = ["*.safetensors", "*.json", "tokenizer*"]
+_NOT_DOWNLOADED = ["*/*", "consolidated*"]  # subfolders, and a second copy of the weights in Mistral's own layout
 # safetensors' name of a dtype -> numpy's; the formats we accept and write.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -44,7 +45,7 @@ def resolve(name_or_path: str | Path) -> Path:
             f"model {name!r} is not a folder; give a folder with {CONFIG_FILE} and safetensors, or a hub id"
         )
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADS, ignore_patterns=["*/*"])
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADS, ignore_patterns=_NOT_DOWNLOADED)
     # The hub client raises classes of four libraries (HTTP, cache, validation, transfer), and all of them mean the same
     # to the user: this id cannot be had from here.
     except Exception as error:

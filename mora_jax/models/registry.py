@@ -96,7 +96,7 @@ def _clip_from_folder(folder: Path, dtype: Any) -> ClipModel:
     config = clip_weights.load_config(folder)
     params = clip_weights.open_params(folder, config, dtype)
     layout = clip_weights.layout_of(folder)
-    files = folder.glob("*.safetensors") if layout == "hf" else [folder / clip_weights.OPEN_CLIP_WEIGHTS]
+    files = hf.weight_files(folder) if layout == "hf" else [folder / clip_weights.OPEN_CLIP_WEIGHTS]
     return ClipModel(config, params, _clip_tokenizer(folder, config), _identity(files))
 
 
@@ -112,7 +112,7 @@ def _from_folder(folder: Path, dtype: Any) -> LanguageModel | ClipModel:
         return _clip_from_folder(folder, dtype)
     config = hf.load_config(folder)
     params = hf.open_params(folder, config, dtype)
-    return LanguageModel(config, params, Tokenizer.from_folder(folder), _identity(folder.glob("*.safetensors")))
+    return LanguageModel(config, params, Tokenizer.from_folder(folder), _identity(hf.weight_files(folder)))
 
 
 def _kind_of_folder(folder: Path) -> Literal["decoder", "clip"]:
