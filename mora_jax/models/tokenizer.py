@@ -6,6 +6,7 @@ literal "<s> "), and special tokens reach a sequence by their ids only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,14 @@ class Tokenizer:
         if self.pad_id < rows:
             return self
         return Tokenizer(self._backend, bos_id=self.bos_id, eos_id=self.eos_id)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        named = {f"{kind}_token": None if i is None else self._backend.id_to_token(i) for kind, i in ids.items()}
+        content = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+        (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_gguf(cls, path: str | Path | GGUFFile) -> Tokenizer:
