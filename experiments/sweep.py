@@ -55,6 +55,7 @@ KEPT = (
     "tokens_without_expert",
     "gates",
     "prompts_truncated",
+    "prompts_truncated_of",
     "eval_examples",
     "wall_seconds",
     "device",
@@ -199,7 +200,8 @@ def main() -> None:
         arguments = [f"--config.method.name={method}", f"--config.train.learning_rate={rate}", f"--config.seed={seed}"]
         workdir = options.folder / f"test_{method}_{rate}_seed{seed}"
         results = train(workdir, [*common, *arguments])
-        return {key: results[key] for key in KEPT} | other_threshold(workdir, results)
+        kept = {key: results.get(key) for key in KEPT}  # a run of an earlier version lacks the newest
+        return kept | other_threshold(workdir, results)
 
     for method in methods:
         best, tried = choose(options, method, common)

@@ -81,6 +81,14 @@ class Adapter:
         rows = {path: {name: array[:, :n] for name, array in site.items()} for path, site in self.rows.items()}
         return dataclasses.replace(self, tasks=self.tasks[: task + 1], rows=rows)
 
+    def check_base(self, identity: str) -> None:
+        """MoraError if the weights `identity` are known not to be those that the experts were trained on."""
+        if self.identity and identity != self.identity:
+            raise MoraError(
+                f"wrong base model: the experts were trained on the weights {self.identity!r} (model.name="
+                f"{self.config.model.name!r}), these are {identity!r}; set --config.model.weights to the former"
+            )
+
     def variables(self, mesh: Mesh, sites: banks.Sites, identity: str) -> dict[str, Any]:
         """The collection `bank` on the devices, as a run has it after the last of `tasks`; nothing without experts.
 
@@ -88,11 +96,7 @@ class Adapter:
         """
         if not self.method.trains:
             return {}
-        if self.identity and identity != self.identity:
-            raise MoraError(
-                f"wrong base model: the experts were trained on the weights {self.identity!r} (model.name="
-                f"{self.config.model.name!r}), these are {identity!r}; set --config.model.weights to the former"
-            )
+        self.check_base(identity)
         capacity, flat = self.method.capacity(max(0, len(self.tasks) - 1)), {}
         if missing := sites.keys() ^ self.rows.keys():
             ours, theirs = (", ".join(sorted("/".join(path) for path in paths)) for paths in (sites, self.rows))

@@ -30,17 +30,29 @@ python -m mora_jax.evaluate ... --coordinator=HOST:PORT --processes=N --process=
 
 --task=N evaluates the experts as they stood after task N, counted from 0 in the order of the stream; -1 is the frozen
 model before the first task, all is every one of them; without it, the last task that has been frozen. On the run's
-own benchmark tasks that were not yet taught are left out, as in R, unless --config.eval.future_tasks=true; another one
-(--config.benchmark.name, .root or .tasks) is evaluated whole. FILE is evaluate.json in DIR or FOLDER. Of several
-processes the last form starts one, as for python -m mora_jax.train."""
+own tasks those that were not yet taught are left out, as in R, unless --config.eval.future_tasks=true or
+--config.benchmark.tasks names them. Another benchmark (--config.benchmark.name or .root) is evaluated whole: with all
+its records and the token limits of its tasks, not those of the run, unless a --config.KEY says them again. FILE is
+evaluate.json in DIR or FOLDER. Of several processes the last form starts one, as for python -m mora_jax.train."""
 OPTIONS = ("workdir", "adapter", "task", "output", "config.KEY", *hosts.OPTIONS)
 OTHER_TASKS = ("benchmark.name", "benchmark.root", "benchmark.tasks")
+# What a run chose for its own benchmark: names of its tasks (empty = all), and limits (0 = all records, a task's own).
+OWN_TASKS = ("benchmark.tasks", "benchmark.metrics")
+OWN_LIMITS = (
+    "benchmark.train_limit",
+    "benchmark.eval_limit",
+    "benchmark.shots",
+    "train.max_prompt_tokens",
+    "train.max_answer_tokens",
+    "eval.max_new_tokens",
+)
 
 
 def other_benchmark(overrides: Mapping[str, str]) -> dict[str, str]:
-    """The overrides, and no task of the run's own benchmark where another benchmark is named."""
-    own = {"benchmark.tasks": "", "benchmark.metrics": ""} if "benchmark.name" in overrides else {}
-    return own | dict(overrides)
+    """The overrides; beside those that name another benchmark or other data nothing of the run's own is left."""
+    own = dict.fromkeys(OWN_TASKS, "") if "benchmark.name" in overrides else {}
+    limits = dict.fromkeys(OWN_LIMITS, "0") if {"benchmark.name", "benchmark.root"} & overrides.keys() else {}
+    return own | limits | dict(overrides)
 
 
 def evaluate_row(

@@ -57,7 +57,7 @@ class Kind(NamedTuple):
 # Kinds of models, as `registry.kind_of` names them.
 KINDS = {
     "decoder": Kind(
-        lambda model, method, config, mesh, tasks: LanguageFamily(model, method, config, mesh),
+        LanguageFamily,
         lambda task: not isinstance(task, PictureTask),
         "a language model",
         "text",

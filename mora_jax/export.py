@@ -1,6 +1,6 @@
 """Adapters out of a workdir, and from one layout into another. `evaluate` and `generate` read what this writes.
 
-python -m mora_jax.export --workdir=DIR --to=FOLDER [--layout=mora|authors|peft] [--task=N]
+python -m mora_jax.export --workdir=DIR --to=FOLDER [--layout=mora|authors|peft|merged] [--task=N]
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ python -m mora_jax.export --adapter=FOLDER --to=FOLDER [--layout=...] [--task=N]
 python -m mora_jax.export --state_dict=FILE --config=configs/llm_cl.py[:ARG] --to=FOLDER [--config.KEY=VALUE ...]
 
 --workdir takes the newest intact checkpoint of a finished or running run. --task=N is the state after task N, counted
-from 0; without it the last task that has been frozen. --state_dict is a state dict of the published PyTorch code
-(.safetensors, or .pt and .bin where PyTorch is installed); --config says its method and its model."""
+from 0; without it the last task that has been frozen. --layout=merged adds the experts to the weights, where no gate
+depends on the input, and writes the whole model for transformers. --state_dict is a state dict of the published PyTorch
+code (.safetensors, or .pt and .bin where PyTorch is installed); --config says its method and its model."""
 OPTIONS = ("workdir", "adapter", "state_dict", "to", "layout", "task", "config", "config.KEY")
 
 
@@ -42,9 +43,12 @@ def run(argv: Sequence[str]) -> None:
         raise MoraError("--config is for --state_dict only; a workdir and an adapter bring their own")
     else:
         adapter = open_adapter(options, overrides, task_number(options.get("task")))
-    save(adapter, Path(options["to"]), layout)
+    said = save(adapter, Path(options["to"]), layout)
     tasks = ", ".join(adapter.tasks)
-    Display().say(f"{options['to']} written: layout {layout}, {adapter.experts} experts per site of {tasks}")
+    Display().say(
+        f"{options['to']} written: layout {layout}, {adapter.experts} experts per site of {tasks}"
+        + (said and f"; {said}")
+    )
 
 
 def main() -> int:

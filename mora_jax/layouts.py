@@ -1,4 +1,4 @@
-"""Adapters as files: our own layout, the one of the published PyTorch code, and PEFT's; written and read.
+"""Adapters as files: our own layout, the one of the published PyTorch code, and PEFT's, written and read; and merged.
 
 A folder holds `adapter_model.safetensors` and a description in JSON. Dense layers go by our site paths in the layout
 `mora` and by their Hugging Face module names in the others, which store A = keys [n, d_in] and B = values [d_out, n]
@@ -19,12 +19,14 @@ import safetensors.numpy
 
 import mora_jax
 from mora_jax import config as configs
+from mora_jax import merging
 from mora_jax.adapter import CHANGEABLE, Adapter, Rows, from_workdir
 from mora_jax.errors import MoraError, unknown
 from mora_jax.methods.boundaries import BOUNDARIES
 from mora_jax.methods.method import from_config
-from mora_jax.models.hf import read_json
+from mora_jax.models.hf import checked_slice, read_json
 from mora_jax.models.keytable import dense_modules
+from mora_jax.models.registry import base_id
 from mora_jax.runtime import storage
 from mora_jax.runtime.writers import write_json
 
@@ -51,14 +53,16 @@ _NAME = re.compile(rf"(?:(.*)\.)?({'|'.join(map(re.escape, sorted(ENDS, key=len,
 class Layout(NamedTuple):
     """`check` refuses what would not be exact; `tensors` and `read` are inverse; `config` is for other programs.
 
-    `fold`: the scale is multiplied into the values, because the other program knows none.
+    `fold`: the scale is multiplied into the values, because the other program knows none. `write` stands for all of
+    that where the folder is no adapter any more; it returns in words what it has written.
     """
 
     check: Callable[[Adapter], None]
-    tensors: Callable[[Adapter], Tensors]
-    read: Callable[[Tensors, object], Rows]
+    tensors: Callable[[Adapter], Tensors] | None = None
+    read: Callable[[Tensors, object], Rows] | None = None
     fold: bool = False
     config: Callable[[Adapter], Mapping[str, Any]] | None = None
+    write: Callable[[Adapter, Path], str] | None = None
 
 
 # ---------------------------------------------------------------- the layout `mora`
@@ -81,12 +85,16 @@ def _from_ours(tensors: Tensors, source: object) -> Rows:
 # ---------------------------------------------------------------- one A and one B for each layer
 
 
+def _check_named(adapter: Adapter) -> None:
+    if unnamed := adapter.rows.keys() - MODULES.keys():
+        raise MoraError(f"this layout has no name for the site {'/'.join(min(unnamed))}; use --layout=mora")
+
+
 def _layers(adapter: Adapter, frozen: tuple[str, str], fresh: tuple[str, str] | None, prefix: str = "") -> Tensors:
     """A and B of every layer by name; the block of the last task under the names `fresh`, if those are given."""
     tensors = {}
     cut = adapter.span(len(adapter.tasks) - 1)[0] if fresh else adapter.experts
-    if unnamed := adapter.rows.keys() - MODULES.keys():
-        raise MoraError(f"this layout has no name for the site {'/'.join(min(unnamed))}; use --layout=mora")
+    _check_named(adapter)
     for path, site in adapter.rows.items():
         for layer, (keys, values) in enumerate(zip(site["keys"], site["values"], strict=True)):
             module = prefix + MODULES[path].format(layer=layer)
@@ -96,14 +104,19 @@ def _layers(adapter: Adapter, frozen: tuple[str, str], fresh: tuple[str, str] | 
     return tensors
 
 
+def _split(name: str) -> re.Match[str] | None:
+    """The module and the end of a tensor's name in a state dict; None for what is no expert."""
+    return _NAME.fullmatch(name.replace(".default.", "."))  # PEFT's name of an adapter that was given none
+
+
 def _from_layers(tensors: Tensors, source: object) -> Rows:
     layer_number = {path: re.escape(name).replace(r"\{layer\}", r"(\d+)") for path, name in MODULES.items()}
     patterns = {path: re.compile(rf"(?:.*\.)?{name}") for path, name in layer_number.items()}
     found: dict[tuple[str, ...], dict[int, dict[tuple[str, str], np.ndarray]]] = {}
     for name, array in tensors.items():
-        split = _NAME.fullmatch(name.replace(".default.", "."))  # PEFT's name of an adapter that was given none
+        split = _split(name)
         if split is None:
-            continue  # a state dict of a whole model holds the frozen weights too
+            continue  # a frozen weight
         module, end = split.groups(default="")
         hits = [(path, match) for path, pattern in patterns.items() if (match := pattern.fullmatch(module))]
         if not hits:
@@ -171,24 +184,29 @@ def _is_mora(adapter: Adapter) -> None:
         )
 
 
-def _has_constant_gates(adapter: Adapter) -> None:
+def _has_constant_gates(adapter: Adapter, layout: str) -> None:
     m = adapter.method
     for axis, value, constant in (
         ("score", m.score, "constant"), ("select", m.select, "all"), ("normalise", m.normalise, "none"),
     ):  # fmt: skip
         if value != constant:
             raise MoraError(
-                f"layout peft cannot be exact: with method.{axis}={value!r} the gates depend on the input, and a "
+                f"layout {layout} cannot be exact: with method.{axis}={value!r} the gates depend on the input, and a "
                 "LoRA or a merged weight is one fixed update; use --layout=mora"
             )
 
 
+def _can_be_merged(adapter: Adapter) -> None:
+    _has_constant_gates(adapter, "merged")
+    _check_named(adapter)  # a CLIP
+
+
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    n, model = adapter.experts, adapter.config.model
+    n = adapter.experts
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.weights or model.name,
+        "base_model_name_or_path": base_id(adapter.config.model),
         "r": n,
         "lora_alpha": adapter.method.scale * n,  # PEFT's scale is lora_alpha / r
         "lora_dropout": 0.0,
@@ -211,19 +229,24 @@ LAYOUTS: Mapping[str, Layout] = {
         fold=True,
     ),
     "peft": Layout(
-        _has_constant_gates,
+        lambda adapter: _has_constant_gates(adapter, "peft"),
         lambda adapter: _layers(adapter, ("lora_A.weight", "lora_B.weight"), None, "base_model.model."),
         _from_layers,
         config=_peft_config,
     ),
+    "merged": Layout(_can_be_merged, write=merging.write),
 }
+ADAPTERS = tuple(name for name, layout in LAYOUTS.items() if layout.read)  # what can be read back
 
 
 # ---------------------------------------------------------------- folders
 
 
-def save(adapter: Adapter, folder: Path, layout: str) -> None:
-    """Writes a new folder. Raises MoraError for an unknown layout, one that would not be exact, and a full folder."""
+def save(adapter: Adapter, folder: Path, layout: str) -> str:
+    """Writes a new folder; returns what is to be said of its content, in words.
+
+    Raises MoraError for an unknown layout, one that would not be exact, and a full folder.
+    """
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -232,6 +255,8 @@ def save(adapter: Adapter, folder: Path, layout: str) -> None:
         raise MoraError(f"there is nothing to export: method {adapter.config.method.name!r} has no frozen expert yet")
     kind = LAYOUTS[layout]
     kind.check(adapter)
+    if kind.write:
+        return kind.write(adapter, folder)
     adapter = _folded(adapter) if kind.fold else adapter
     tensors = {name: np.ascontiguousarray(t, np.float32) for name, t in kind.tensors(adapter).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,6 +264,7 @@ def save(adapter: Adapter, folder: Path, layout: str) -> None:
     if kind.config:
         write_json(folder / DESCRIPTION, kind.config(adapter))
     write_json(folder / (BESIDE if kind.config else DESCRIPTION), _described(adapter, layout))
+    return ""
 
 
 def _folded(adapter: Adapter) -> Adapter:
@@ -276,8 +302,8 @@ def load(folder: Path, overrides: Mapping[str, str]) -> Adapter:
     parts = ("layout", "base_model", "method", "tasks", "run", "origin")
     if said.get("format") != FORMAT or not all(part in said for part in parts):
         raise MoraError(f"{files[0]} is not of the format {FORMAT!r}; legal: a folder of python -m mora_jax.export")
-    if said["layout"] not in LAYOUTS:
-        raise unknown(f"layout in {files[0]}", said["layout"], LAYOUTS)
+    if said["layout"] not in ADAPTERS:
+        raise unknown(f"layout in {files[0]}", said["layout"], ADAPTERS)
     try:
         model = dict(said["base_model"])
         identity, tasks = model.pop("identity"), tuple(task["name"] for task in said["tasks"])
@@ -319,7 +345,10 @@ def _checked(adapter: Adapter, source: Path) -> Adapter:
 
 def _read_safetensors(path: Path) -> Tensors:
     try:
-        return {name: t.astype(np.float32) for name, t in safetensors.numpy.load_file(path).items()}
+        with safetensors.safe_open(path, framework="numpy") as file:
+            # a state dict may hold the frozen weights too, in any dtype; names of our own layout have no dot
+            names = [name for name in file.keys() if "." not in name or _split(name)]  # noqa: SIM118  no mapping
+            return {name: checked_slice(file, name, path)[:].astype(np.float32) for name in names}
     except (OSError, safetensors.SafetensorError) as problem:
         raise MoraError(f"{path}: not a readable safetensors file ({problem})") from None
 

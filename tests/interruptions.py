@@ -53,6 +53,7 @@ RESULT_KEYS = {
         "tokens_without_expert",
         "gates",
         "prompts_truncated",
+        "prompts_truncated_of",
         "records_skipped",
         "eval_examples",
         "task_seconds",

@@ -6,6 +6,7 @@ exit code and that stderr holds one line.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,7 +16,9 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from launching import CONFIG, Ended, assert_refused, write_task
+from tokenizers import pre_tokenizers
 
 from mora_jax import config as configs
 from mora_jax.data import packages
@@ -189,6 +192,28 @@ def test_truncated_safetensors_is_named(
     folder = Path(shutil.copytree(weights, tmp_path / "weights"))
     os.truncate(folder / hf.WEIGHTS_FILE, 5000)
     assert_refused(main(*smoke(model__name="custom", model__weights=folder)), hf.WEIGHTS_FILE, "not a readable")
+
+
+def test_an_embedding_without_rows_for_texts_is_refused_and_one_without_a_row_for_pad_is_not(tmp_path: Path) -> None:
+    model = load_model(configs.load(f"{CONFIG}:smoke", {}).model, 0)
+    config = {"name": "custom", "weights": str(tmp_path), "dtype": "float32"}
+    hf.save_params(jax.tree.map(np.asarray, model.params), model.config, tmp_path)  # 258 rows: bytes, bos, eos
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(letters | {"<bos>": 256, "<eos>": 257}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<bos>", "<eos>", "[PAD]"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = load_model(config, 0).tokenizer
+    assert (tokenizer.vocab_size, tokenizer.pad_id) == (259, 257)
+    identity = load_model(config, 0).identity
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not read, as model.safetensors is there")
+    assert load_model(config, 0).identity == identity
+    backend.add_tokens(["<indent>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(MoraError, match=r"model.name='custom' makes ids up to 259, more than the 258 rows"):
+        load_model(config, 0)
 
 
 def smollm2() -> Path:

@@ -65,17 +65,33 @@ def test_a_block_that_is_trained_on_needs_the_checkpoint_of_each_task(
 def test_another_benchmark_is_evaluated_whole(
     taught: Callable[[str], Path], main: Callable[..., Ended], tmp_path: Path
 ) -> None:
+    """The run has eval_limit=4 and 48 tokens of prompt, 4 of answer."""
     write_task(tmp_path / "data" / "animals", ("cat", "dog"), test_count=3)
-    write_task(tmp_path / "data" / "colours", ("red", "blue"))
+    write_task(tmp_path / "data" / "colours", ("red", "blue"), test_count=6)
+    long = [{"prompt": "colours " * 8 + "0 ->", "answer": "red"}] * 6
+    (tmp_path / "data" / "colours" / "test.json").write_text(json.dumps(long))
     shutil.copytree(taught("mora"), tmp_path / "w")
     other = [f"--config.benchmark.root={tmp_path / 'data'}", "--config.benchmark.tasks=", "--config.benchmark.metrics="]
+    other.append("--config.eval.max_new_tokens=4")
     run = main(f"--workdir={tmp_path / 'w'}", "--task=0", *other, of=evaluate)
     assert (run.code, run.err) == (0, "")
     told = evaluation(tmp_path / "w" / "evaluate.json")
     assert told["tasks"] == ["animals", "colours"]
-    assert told["eval_examples"] == [3, 4]
+    assert told["eval_examples"] == [3, 6]
     assert [row["name"] for row in told["rows"]] == ["colours"]
     assert None not in told["rows"][0]["scores"]
+    assert told["rows"][0]["prompts_truncated"] == 0
+    again = ["--config.benchmark.eval_limit=2", "--config.train.max_prompt_tokens=48"]
+    assert main(f"--workdir={tmp_path / 'w'}", "--task=0", *other, *again, of=evaluate).code == 0
+    told = evaluation(tmp_path / "w" / "evaluate.json")
+    assert (told["eval_examples"], told["rows"][0]["prompts_truncated"]) == ([2, 2], 2)
+
+
+def test_limits_of_the_run_stay_with_its_own_data() -> None:
+    assert evaluate.other_benchmark({"benchmark.tasks": "a"}) == {"benchmark.tasks": "a"}
+    other = evaluate.other_benchmark({"benchmark.name": "trace", "benchmark.shots": "3"})
+    assert (other["benchmark.tasks"], other["benchmark.eval_limit"], other["benchmark.shots"]) == ("", "0", "3")
+    assert other["eval.max_new_tokens"] == other["train.max_prompt_tokens"] == other["train.max_answer_tokens"] == "0"
 
 
 def test_an_exported_adapter_scores_and_answers_as_its_run(

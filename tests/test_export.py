@@ -17,18 +17,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 from launching import CONFIG, Ended, assert_refused
 
 from mora_jax import config as configs
-from mora_jax import evaluate, experiment, export, layouts
+from mora_jax import evaluate, experiment, export, layouts, merging
 from mora_jax.adapter import Adapter
 from mora_jax.errors import MoraError
 from mora_jax.methods import gates
-from mora_jax.models import hf
+from mora_jax.models import hf, quantised
 from mora_jax.models.decoder import Decoder, causal_mask
+from mora_jax.models.registry import load_model
+from mora_jax.models.unread import load
 
 TASKS = ("colours", "digits", "shapes")
 LENGTH = 12
@@ -219,6 +222,30 @@ def test_a_state_dict_that_does_not_fit_is_named(change: Callable, parts: list[s
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("layout", ["mora", "authors"])
+def test_an_expert_in_a_dtype_that_is_not_read_is_named(layout: str, tmp_path: Path) -> None:
+    layouts.save(drawn("mora"), tmp_path / "a", layout)
+    tensors, file = tensors_of(tmp_path / "a"), tmp_path / "a" / layouts.TENSORS
+    *_, last = sorted(tensors)
+    tensors[last] = tensors[last].astype(ml_dtypes.float8_e4m3fn)
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(MoraError) as caught:
+        layouts.load(tmp_path / "a", {})
+    assert str(caught.value) == f"{file}: tensor {last!r} has dtype F8_E4M3; known: F64, F32, F16, BF16"
+
+
+def test_frozen_weights_beside_the_experts_may_have_any_dtype(tmp_path: Path) -> None:
+    layouts.save(drawn("mora"), tmp_path / "a", "authors")
+    state, file = tensors_of(tmp_path / "a"), tmp_path / "state.safetensors"
+    state["model.layers.0.self_attn.q_proj.weight"] = np.zeros((2, 2), ml_dtypes.float8_e4m3fn)
+    state["model.position_ids"] = np.arange(3)
+    safetensors.numpy.save_file(state, file)
+    adapter = layouts.load_state_dict(file, configs.load(f"{CONFIG}:smoke", {}))
+    np.testing.assert_array_equal(
+        adapter.rows["layers", "attn", "q"]["keys"], drawn("mora").rows["layers", "attn", "q"]["keys"]
+    )
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("harm_done"),)
@@ -254,6 +281,93 @@ def test_peft_loads_the_folder_with_equal_logits(method: str, tmp_path: Path) ->
     np.testing.assert_allclose(logits(adapter), theirs.numpy(), rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        ("smollm2-135m", "", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("gemma-2b", "", "google/gemma-2b-it"),
+        ("gemma-2b", "/models/gemma", "/models/gemma"),
+        ("custom", "org/model", "org/model"),
+    ],
+)
+def test_peft_is_told_a_base_model_that_it_can_load(name: str, weights: str, expected: str, tmp_path: Path) -> None:
+    adapter = drawn("inc_lora")
+    with adapter.config.unlocked():
+        adapter.config.model.update({"name": name, "weights": weights})
+    layouts.save(adapter, tmp_path / "a", "peft")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+
+
+# ---------------------------------------------------------------- merged
+
+
+def logits_of_folder(folder: Path) -> np.ndarray:
+    model = load_model({"name": "custom", "weights": str(folder), "dtype": "float32"}, 0)
+    variables = {"params": jax.tree.map(jnp.asarray, load(model.params))}
+    return np.asarray(forward(base()[1].decoder.clone(method=None), variables, text()))
+
+
+@pytest.mark.parametrize("method", ["inc_lora", "seq_lora"])
+def test_a_merged_folder_is_the_adapted_model(method: str, tmp_path: Path) -> None:
+    adapter = drawn(method, scale="0.7")
+    assert layouts.save(adapter, tmp_path / "a", "merged") == "all weights in float32"
+    expected = logits(adapter)
+    np.testing.assert_allclose(logits_of_folder(tmp_path / "a"), expected, rtol=1e-3, atol=2e-3)
+    assert np.abs(expected - logits(adapter.after(-1))).max() > 0.1
+    torch = pytest.importorskip("torch", reason="transformers is the other side of the comparison")
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "a", attn_implementation="eager")
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            merged.eval()(torch.from_numpy(text()).long()).logits.numpy(), expected, rtol=1e-3, atol=2e-3
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert tokenizer("digits 2 ->").input_ids == load_model(adapter.config.model, 0).tokenizer.encode("digits 2 ->")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
+
+
+@pytest.mark.parametrize("quantise", ["int8", "nf4"])
+def test_a_quantised_base_is_merged_as_it_was_trained_beside(quantise: str, tmp_path: Path) -> None:
+    adapter = drawn("inc_lora")
+    with adapter.config.unlocked():
+        adapter.config.model.quantise = quantise
+    said = layouts.save(adapter, tmp_path / "a", "merged")
+    assert said == f"all weights in float32, those of the base dequantised from {quantise} codes of the dense kernels"
+    written = safetensors.numpy.load_file(tmp_path / "a" / hf.WEIGHTS_FILE)
+    params = jax.tree.map(np.asarray, load_model({"name": "tiny", "weights": "", "dtype": "float32"}, 0).params)
+    layer, site = params["layers"], adapter.rows["layers", "attn", "q"]
+    up, q = (
+        np.asarray(quantised.decode(*quantised.encode(jnp.asarray(kernel), quantise)))[1]
+        for kernel in (layer["mlp"]["up"]["kernel"], layer["attn"]["q"]["kernel"])
+    )
+    np.testing.assert_array_equal(written["model.layers.1.mlp.up_proj.weight"], up.T)
+    update = 2.0 * site["keys"][1].T @ site["values"][1]
+    np.testing.assert_allclose(written["model.layers.1.self_attn.q_proj.weight"], (q + update).T, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_are_not_merged_into_another_base(main: Callable[..., Ended], tmp_path: Path) -> None:
+    adapter = dataclasses.replace(drawn("inc_lora"), identity="another")
+    layouts.save(adapter, tmp_path / "a", "mora")
+    merge = [f"--adapter={tmp_path / 'a'}", f"--to={tmp_path / 'b'}", "--layout=merged"]
+    assert_refused(main(*merge, of=export), "wrong base model: the experts were trained on the weights 'another'")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_clip_is_not_merged(tmp_path: Path) -> None:
+    adapter = drawn("inc_lora")
+    clip = dataclasses.replace(adapter, rows={("vision", *path): site for path, site in adapter.rows.items()})
+    with pytest.raises(MoraError, match="this layout has no name for the site vision/layers/attn/k; use --layout=mora"):
+        layouts.save(clip, tmp_path / "a", "merged")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_gguf_base_is_told() -> None:
+    model = {"name": "smollm2-135m", "weights": "", "quantise": "none"}
+    assert merging._origin(model) == ", those of the base dequantised from a GGUF file"
+    assert merging._origin(model | {"weights": "org/model"}) == ""
+    assert "GGUF file and nf4" in merging._origin({"name": "custom", "weights": "a.gguf", "quantise": "nf4"})
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -261,10 +375,11 @@ def test_peft_loads_the_folder_with_equal_logits(method: str, tmp_path: Path) ->
     ("options", "layout", "parts"),
     [
         ({}, "peft", ["layout peft cannot be exact", "method.score='self'", "--layout=mora"]),
+        ({}, "merged", ["layout merged cannot be exact", "method.score='self'", "the gates depend on the input"]),
         ({"threshold_mode": "relative"}, "authors", ["layout authors cannot be exact", "not 'relative'"]),
         ({"score": "absolute"}, "authors", ["method.score='self' only, not 'absolute'"]),
         ({"top_k": "1"}, "authors", ["max(top_k, 2)"]),
-        ({}, "pefft", ["unknown layout 'pefft'; known: authors, mora, peft"]),
+        ({}, "pefft", ["unknown layout 'pefft'; known: authors, merged, mora, peft"]),
     ],
 )
 def test_what_would_not_be_exact_is_refused(

@@ -79,6 +79,32 @@ def block_q4_1(rng: np.random.Generator, rows: int) -> Block:
     return as_bytes(scale, low, nibbles(codes)), value.astype(np.float32)
 
 
+def fifth_bits(codes: np.ndarray) -> np.ndarray:
+    """Bit i of a little-endian number of 32 bits is the fifth bit of code i."""
+    return np.packbits((codes >> 4).astype(np.uint8), axis=1, bitorder="little")
+
+
+def block_q5_0(rng: np.random.Generator, rows: int) -> Block:
+    scale, codes = halves(rng, rows), rng.integers(0, 32, (rows, 32))
+    value = (scale.astype(np.float64) * (codes - 16)).astype(np.float32)
+    return as_bytes(scale, fifth_bits(codes), nibbles(codes & 15)), value
+
+
+def block_q5_1(rng: np.random.Generator, rows: int) -> Block:
+    scale, low, codes = halves(rng, rows), halves(rng, rows), rng.integers(0, 32, (rows, 32))
+    value = scale.astype(np.float64) * codes + low.astype(np.float64)
+    return as_bytes(scale, low, fifth_bits(codes), nibbles(codes & 15)), value.astype(np.float32)
+
+
+# kvalues_iq4nl in ggml-common.h: 16 levels that are closer together near 0.
+LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+
+
+def block_iq4_nl(rng: np.random.Generator, rows: int) -> Block:
+    scale, codes = halves(rng, rows), rng.integers(0, 16, (rows, 32))
+    return as_bytes(scale, nibbles(codes)), (scale.astype(np.float64) * LEVELS[codes]).astype(np.float32)
+
+
 def block_bf16(rng: np.random.Generator, rows: int) -> Block:
     value = rng.standard_normal((rows, 32)).astype(jnp.bfloat16)
     return as_bytes(value.view(np.uint16)), value.astype(np.float32)
@@ -102,6 +128,9 @@ BLOCKS = {
     "Q8_0": block_q8_0,
     "Q4_0": block_q4_0,
     "Q4_1": block_q4_1,
+    "Q5_0": block_q5_0,
+    "Q5_1": block_q5_1,
+    "IQ4_NL": block_iq4_nl,
 }
 MIXED = ("Q4_0", "F16", "Q8_0", "Q4_1", "BF16", "F32")
 
@@ -169,7 +198,7 @@ def assert_loaded(params: dict[str, Any], values: dict[str, np.ndarray], config:
         )
 
 
-@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_every_type_follows_its_formula(kind: str, tmp_path: Path) -> None:
     values = write_gguf(tmp_path / "tiny.gguf", types=(kind,))
     assert_loaded(load_params(tmp_path / "tiny.gguf", TINY, np.float32), values, TINY)
@@ -305,9 +334,9 @@ def test_files_that_are_refused(options: dict[str, Any], message: str, tmp_path:
 
 
 def test_an_unknown_tensor_type_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BLOCKS, "Q5_0", lambda rng, rows: (np.zeros((rows, 22), np.uint8), np.zeros((rows, 32))))
-    write_gguf(tmp_path / "tiny.gguf", types=("Q5_0",))
-    with pytest.raises(MoraError, match=r"'token_embd.weight' has type Q5_0; known: F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
+    monkeypatch.setitem(BLOCKS, "MXFP4", lambda rng, rows: (np.zeros((rows, 17), np.uint8), np.zeros((rows, 32))))
+    write_gguf(tmp_path / "tiny.gguf", types=("MXFP4",))
+    with pytest.raises(MoraError, match=r"'token_embd.weight' has type MXFP4; known: F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
         load_params(tmp_path / "tiny.gguf", TINY, np.float32)
 
 

@@ -329,7 +329,7 @@ def test_resolve_asks_the_hub_for_safe_files_only(monkeypatch: pytest.MonkeyPatc
     assert asked["name"] == "org/model"
     names = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "pytorch_model.bin", "modeling.py"]
     kept = huggingface_hub.utils.filter_repo_objects(
-        [*names, "original/config.json"],
+        [*names, "original/config.json", "consolidated.safetensors", "consolidated.00.safetensors"],
         allow_patterns=asked["allow_patterns"],
         ignore_patterns=asked["ignore_patterns"],
     )

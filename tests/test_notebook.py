@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +51,40 @@ def test_the_notebook_runs_from_start_to_end(
     assert "gate mass" in text_of(outputs[4])
     assert "gate mass" in text_of(outputs[5])
     assert "scores as the run did: True" in text_of(outputs[6])
+
+
+def install(repository: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The parameters and the install cell in a folder without a clone; a stand-in for pip notes what it was asked."""
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    parameters, cell = ("".join(cell["source"]) for cell in cells[:2])
+    code = f"{parameters}\nREPOSITORY = {repository!r}\n{cell}\nprint(os.getcwd())"
+    (folder / "stand_ins").mkdir()
+    (folder / "stand_ins" / "pip.py").write_text("import sys\nprint('pip', *sys.argv[1:], flush=True)\n")
+    (folder / "empty").mkdir()
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder / "empty",
+        env=os.environ | {"PYTHONPATH": str(folder / "stand_ins"), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="the notebook clones with git, a repository"
+)
+def test_the_notebook_installs_a_clone_where_there_is_none(tmp_path: Path) -> None:
+    done = install(str(ROOT), tmp_path)
+    assert done.returncode == 0, done
+    clone = tmp_path / "empty" / "clone"
+    assert done.stdout.splitlines() == ["pip install --quiet -r requirements.txt", str(clone)]
+    assert (clone / "requirements.txt").is_file()
+    assert (clone / "mora_jax").is_dir()
+
+
+def test_the_notebook_says_that_it_needs_an_address(tmp_path: Path) -> None:
+    done = install("", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "there is no clone here: set REPOSITORY in the first cell to the address of one\n"
+    assert not any((tmp_path / "empty").iterdir())

@@ -49,6 +49,33 @@ def root(tmp_path: Path) -> Path:
 # --- orders -----------------------------------------------------------------------------------------------------------
 
 
+# O-LoRA (arXiv 2310.14152, tables 7 and 8; its configs/instruction_config.json), spelt out so that no edit of ours goes
+# unseen.
+PUBLISHED_ORDERS = {
+    "order1": "dbpedia, amazon, yahoo, agnews",
+    "order2": "dbpedia, amazon, agnews, yahoo",
+    "order3": "yahoo, amazon, agnews, dbpedia",
+    "order4": "MNLI, CB, WiC, COPA, QQP, BoolQA, RTE, IMDB, yelp, amazon, SST-2, dbpedia, agnews, MultiRC, yahoo",
+    "order5": "MultiRC, BoolQA, WiC, MNLI, CB, COPA, QQP, RTE, IMDB, SST-2, dbpedia, agnews, yelp, amazon, yahoo",
+    "order6": "yelp, amazon, MNLI, CB, COPA, QQP, RTE, IMDB, SST-2, dbpedia, agnews, yahoo, MultiRC, BoolQA, WiC",
+}
+PUBLISHED_INSTRUCTIONS = {
+    "TC": "What is the topic of the following paragraph?",
+    "SC": "What is the sentiment of the following paragraph?",
+    "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"?',
+    "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning?',
+    "BoolQA": "According to the following passage, is the question true or false?",
+    "MultiRC": "According to the following passage and question, is the candidate answer true or false?",
+    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence?",
+    "COPA": "",
+}
+
+
+def test_orders_and_instructions_are_the_published_ones() -> None:
+    assert {name: ", ".join(order) for name, order in standard_cl.ORDERS.items()} == PUBLISHED_ORDERS
+    assert standard_cl.INSTRUCTIONS == PUBLISHED_INSTRUCTIONS
+
+
 def test_orders() -> None:
     assert list(standard_cl.ORDERS) == [f"order{i}" for i in range(1, 7)]
     short, long = ([set(standard_cl.ORDERS[f"order{i}"]) for i in numbers] for numbers in ((1, 2, 3), (4, 5, 6)))

@@ -143,6 +143,31 @@ def test_from_folder(tmp_path: Path) -> None:
     assert tokenizer.decode([1, *ids, 2]) == "<s> ab é</s>"
 
 
+def test_special_tokens_that_no_text_has_need_no_row(tmp_path: Path) -> None:
+    """As in fine-tunes of Llama 2 with [PAD] = 32000 and in Gemma 3 1B with <image_soft_token> = 262144."""
+    write_folder(tmp_path, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"})
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens([tokenizers.AddedToken("[PAD]", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.vocab_size, tokenizer.reach) == (269, 270, 269)
+    assert max(tokenizer.encode("[PAD]")) < 269
+    assert tokenizer.for_rows(270).pad_id == 269
+    fitted = tokenizer.for_rows(269)
+    assert (fitted.bos_id, fitted.eos_id, fitted.pad_id) == (1, 2, 2)
+    backend.add_tokens([tokenizers.AddedToken("    ", normalized=False)])  # this one is markup, found in texts
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path).reach == 271
+
+
+def test_an_end_of_sequence_without_a_row_counts(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"bos_token": "<s>", "eos_token": "<end>"})
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens([tokenizers.AddedToken("<end>", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path).reach == 270
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

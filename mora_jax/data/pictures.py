@@ -117,10 +117,11 @@ class ReadPlan:
 def plan_batches(records: int, *, batch_size: int, steps: int, epochs: int, seed: int) -> Int[np.ndarray, "steps b"]:
     """A deterministic order of full batches. Exactly one of `steps` and `epochs` is positive.
 
-    Every epoch is shuffled by (seed, epoch); its last records begin the next one's first batch, so that all are seen
-    equally often.
+    `epochs` makes as many steps as it takes to see every record so often, the last batch filled with records of one
+    epoch more. Every epoch is shuffled by (seed, epoch); its last records begin the next one's first batch, so no
+    record is ever seen two times more than another.
     """
-    steps = steps or epochs * records // batch_size
+    steps = steps or -(-epochs * records // batch_size)
     needed = steps * batch_size
     order = [np.random.default_rng((seed, epoch)).permutation(records) for epoch in range(-(-needed // records))]
     return np.concatenate(order)[:needed].reshape(steps, batch_size)

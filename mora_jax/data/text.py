@@ -110,29 +110,48 @@ class Plan:
 def plan_batches(
     records: Sequence[Record], *, limits: Limits, batch_size: int, steps: int, epochs: int, seed: int, pad_id: int
 ) -> Plan:
-    """A deterministic order of full batches, each from one length bucket.
+    """A deterministic order of full batches. Exactly one of `steps` and `epochs` is positive.
 
-    Exactly one of `steps` and `epochs` is positive. Every epoch is shuffled by (seed, epoch); records that do not
-    fill a batch wait for their bucket's next epoch, so all are seen equally often. `train` refuses a task with fewer
-    records than one batch before it gets here.
+    Every epoch is shuffled by (seed, epoch), and batches are filled from one length bucket each. With `steps` the
+    records that do not fill a batch wait for their bucket's next epoch. `epochs` makes as many steps as it takes to see
+    every record so often, the last batch filled with records of one epoch more: at the end of an epoch the records that
+    wait, longest first, make batches as wide as their longest one, until fewer than one batch wait. So no record is
+    seen two times more than another, however rare its length.
     """
-    width = [bucket(len(r.ids), limits.bucket, limits.total) for r in records]
-    steps = steps or epochs * len(records) // batch_size
+    widths = [bucket(len(r.ids), limits.bucket, limits.total) for r in records]
+    number = steps or -(-epochs * len(records) // batch_size)
+    groups: list[list[int]] = []
     waiting: dict[int, list[int]] = {}
-    batches: list[tuple[tuple[int, ...], int, int]] = []
-    epoch = 0
-    while len(batches) < steps:
-        for index in np.random.default_rng((seed, epoch)).permutation(len(records)).tolist():
-            group = waiting.setdefault(width[index], [])
+    left, epoch = number * batch_size, 0  # left: places in batches that no record has taken yet
+    while len(groups) < number:
+        order = np.random.default_rng((seed, epoch)).permutation(len(records))[: left if epochs else None].tolist()
+        for index in order:
+            group = waiting.setdefault(widths[index], [])
             group.append(index)
             if len(group) == batch_size:
-                longest = max(len(records[i].ids) - records[i].prompt for i in group)
-                # a quarter of the row is the usual answer; longer ones get the whole row: at most two shapes a bucket
-                answers = width[index] // 4 if longest <= width[index] // 4 else width[index]
-                batches.append((tuple(group), width[index], answers))
-                waiting[width[index]] = []
-        epoch += 1
-    return Plan(records, batches[:steps], pad_id)
+                groups.append(waiting.pop(widths[index]))
+        if epochs:
+            groups += _together(waiting, batch_size)
+        left, epoch = left - len(order), epoch + 1
+    return Plan(records, [_batch(group, records, widths) for group in groups[:number]], pad_id)
+
+
+def _together(waiting: dict[int, list[int]], batch_size: int) -> list[list[int]]:
+    """Full batches of the records that wait, over all widths; what is left of them goes on waiting."""
+    rest = [(width, index) for width in sorted(waiting, reverse=True) for index in waiting[width]]
+    full = len(rest) // batch_size * batch_size
+    waiting.clear()
+    for width, index in rest[full:]:
+        waiting.setdefault(width, []).append(index)
+    return [[index for _, index in rest[i : i + batch_size]] for i in range(0, full, batch_size)]
+
+
+def _batch(group: Sequence[int], records: Sequence[Record], widths: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
+    """What a Plan knows of one batch."""
+    width = max(widths[i] for i in group)
+    longest = max(len(records[i].ids) - records[i].prompt for i in group)
+    # a quarter of the row is the usual answer; longer ones get the whole row: at most two shapes a bucket
+    return tuple(group), width, width // 4 if longest <= width // 4 else width
 
 
 def pipeline(plan: Plan) -> grain.DatasetIterator:

@@ -50,10 +50,16 @@ class ClipTokenizer:
             if number is None:
                 raise MoraError(f"{source}: no token {token!r} in the vocabulary; a CLIP tokenizer has it")
         self.start_id, self.end_id = ids[START], ids[END]
+        self.reach = self.vocab_size  # as of `tokenizer.Tokenizer`; nothing is added to CLIP's vocabularies
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The backend pickles as JSON, which drops `encode_special_tokens`; the constructor sets it again.
         return _restore, (self._backend.to_str(), self.context)
+
+    def for_rows(self, rows: int) -> ClipTokenizer:
+        """The tokenizer for an embedding of so many rows; its padding is id 0, so any will do."""
+        del rows
+        return self
 
     def __call__(self, texts: Iterable[str]) -> Int32[np.ndarray, "n context"]:
         """The ids of every text."""

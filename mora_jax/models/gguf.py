@@ -19,7 +19,11 @@ from mora_jax.models.decoder_config import DecoderConfig
 from mora_jax.models.keytable import assemble, unpermute_rotary
 from mora_jax.models.unread import Entry, Index, Params, load
 
-TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+# llama.cpp falls back to Q5_0, Q5_1, Q8_0 and IQ4_NL where rows are no multiple of a K-quant's 256 (SmolLM2-135M: 576).
+TENSOR_TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+)
 
 
 @dataclass(frozen=True)

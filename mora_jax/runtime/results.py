@@ -51,6 +51,7 @@ class Results:
         self.path = workdir / "results.json"
         self.names = [task.name for task in tasks]
         self.drawn = {task.name: task.split("train") for task in tasks} if config.benchmark.shots else {}
+        self.sizes = {task.name: {split: len(records) for split, records in task.splits.items()} for task in tasks}
         self.frozen_parameters = frozen_parameters
         split = config.eval.split
         fresh = jax.eval_shape(lambda: banks.new_fresh(sites, method, 0, 0)) if method.trains else {}
@@ -123,6 +124,7 @@ class Results:
             "tokens_without_expert": None if none is None else round(none, 6),
             "gates": self.gate_rows(progress),
             "prompts_truncated": sum(sum(splits.values()) for splits in progress.truncated.values()),
+            "prompts_truncated_of": progress.truncated,  # {task: {split: prompts}}
             "records_skipped": sum(len(names) for splits in progress.skipped.values() for names in splits.values()),
             "task_seconds": [round(s, 2) for s in progress.task_seconds],
             "wall_seconds": round(progress.wall_seconds, 2),
@@ -191,8 +193,20 @@ class Results:
         active, none = p.gate_report()
         if self.method.has_gates and active is not None:
             self.display.say(f"experts active per token and site: {active:.2f}; tokens without any: {100 * none:.2f} %")
+        if cut := self.prompts_cut(p):
+            self.display.say(cut)
         seconds, traces = f"{p.wall_seconds:.0f} s in all", f"train step traced {p.train_traces}x"
         self.display.say(f"{self.path} written; {seconds}; {traces}")
+
+    def prompts_cut(self, p: Progress) -> str:
+        """Which tasks had prompts cut on the left and how many of how many, in one line; empty where none had."""
+        found = []
+        for name, splits in p.truncated.items():
+            counts = [f"{splits[split]}/{n} {split}" for split, n in self.sizes[name].items() if splits.get(split)]
+            found += [f"{name} {', '.join(counts)}"] if counts else []
+        limit = self.facts["config"]["train"]["max_prompt_tokens"]
+        said = f"train.max_prompt_tokens={limit}" if limit else "their tasks' limits"
+        return f"prompts cut to {said}: {'; '.join(found)}" if found else ""
 
 
 def variants_of(tasks: Sequence[str], variants: Sequence[str]) -> str:
