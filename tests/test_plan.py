@@ -105,6 +105,15 @@ def test_what_cannot_be_planned_is_refused(overrides, parts):
     assert all(part in str(error.value) for part in parts), error.value
 
 
+@pytest.mark.parametrize("weights", ["meta-llama/Llama-2-13b-chat-hf", "no/such/folder"])
+@pytest.mark.parametrize("name", ["llama2-7b", "custom"])
+def test_weights_that_are_not_here_are_refused_instead_of_planned_as_what_the_name_says(name, weights):
+    with pytest.raises(MoraError, match=r"config\.json, a \.gguf file, or empty") as error:
+        decoder_config({"name": name, "weights": weights})
+    assert f"model.weights={weights!r}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_local_weights_are_planned_without_being_read(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(dict(SIZES["smollm2-135m"])))
     model = {"name": "custom", "weights": str(tmp_path), "dtype": "float32"}

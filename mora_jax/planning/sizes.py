@@ -54,7 +54,8 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 def decoder_config(model: Mapping[str, Any]) -> DecoderConfig:
     """The sizes of what `config.model` names: of local weights, or from the table.
 
-    Nothing is downloaded. Raises MoraError for other names, listing the known ones.
+    Nothing is downloaded. Raises MoraError for weights that are not on this machine, whose sizes may be other than the
+    name's, and for other names, listing the known ones.
     """
     name, path = model["name"], Path(model["weights"]).expanduser()
     if name in registry.MODELS and registry.MODELS[name].kind == "clip":
@@ -63,6 +64,11 @@ def decoder_config(model: Mapping[str, Any]) -> DecoderConfig:
         return gguf.load_config(gguf.open_gguf(path))
     if model["weights"] and path.is_dir():
         return hf.load_config(path)
+    if model["weights"]:
+        raise MoraError(
+            f"model.weights={model['weights']!r} is not here, and a plan downloads nothing; legal: a local folder with "
+            f"{hf.CONFIG_FILE}, a .gguf file, or empty for the sizes of model.name={name!r}"
+        )
     if name not in SIZES:
         if name == "custom":
             raise MoraError("model.name='custom' is planned from a local folder or .gguf file in model.weights")
