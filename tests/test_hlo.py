@@ -118,6 +118,30 @@ def test_the_manner_of_the_tpu_compiler_is_understood():
     assert Reader(TPU_LOOP, open_trips=99, per_host=2).tally().collectives["all-gather"].far == gathers.bytes
 
 
+CHAIN = """\
+HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%sum
+  ROOT %z = f32[8]{0} all-reduce(%y), replica_groups={{0,1}}, to_apply=%sum
+}
+"""
+
+
+@pytest.mark.parametrize(("channels", "count"), [("", 2), ("channel_id=5, ", 1)])
+def test_only_collectives_of_one_channel_are_the_same(channels, count):
+    text = CHAIN.replace("replica_groups", f"{channels}replica_groups")
+    found = Reader(text, open_trips=1, per_host=2).tally().collectives["all-reduce"]
+    assert (found.count, found.bytes) == (count, count * 8 * 4)
+
+
 @pytest.mark.parametrize(
     ("written", "group"),
     [

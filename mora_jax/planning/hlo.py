@@ -350,9 +350,10 @@ class Reader:
 
     def _collect(self, made: Instruction, inside: Computation, total: Tally, seen: set[str]) -> None:
         channel = made.attribute(r"channel_id=(\d+)")
-        if channel in seen:
-            return
-        seen.add(channel)
+        if channel is not None:  # without one, no other line speaks of the same collective
+            if channel in seen:
+                return
+            seen.add(channel)
         size, far = largest_hop(made.attributes, self.per_host)
         given = sum(inside[name].bytes(main=False) for name in made.operands if name in inside)
         share = (size - 1) / size
