@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mora_jax.planning.groups import first_group, largest_hop
-from mora_jax.planning.hlo import Reader
+from mora_jax.planning import compiled, topologies
+from mora_jax.planning.groups import first_group, spread
+from mora_jax.planning.hlo import Reader, Tally, Transfer
 
 
 def tally(function: Callable, *shapes: tuple[int, ...], open_trips: int = 1, per_host: int = 8) -> Any:
@@ -115,7 +116,8 @@ def test_the_manner_of_the_tpu_compiler_is_understood():
     # Once the gathered array, four times 4 KiB of a permute and a counter; what lies in fast memory is free.
     assert found.bytes == 2 * 256 * 256 + 4 * (2 * 8 * 256 + 3 * 4)
     assert found.flops == 2 * 2 * 3 * 5 * 4  # both rows of the window axis meet one row of the kernel
-    assert Reader(TPU_LOOP, open_trips=99, per_host=2).tally().collectives["all-gather"].far == gathers.bytes
+    # Of two hosts with two of the four devices each: a device fetches one of the two pieces that its host has not got.
+    assert Reader(TPU_LOOP, open_trips=99, per_host=2).tally().collectives["all-gather"].far == 64 * 256 * 2
 
 
 CHAIN = """\
@@ -158,7 +160,50 @@ def test_only_collectives_of_one_channel_are_the_same(channels, count):
 )
 def test_groups_of_devices(written, group):
     assert first_group(f"channel_id=3, {written}") == group
-    assert largest_hop(written, per_host=2) == (len(group), len({d // 2 for d in group}) > 1)
+    hosts = [device // 2 for device in group]
+    assert spread(written, per_host=2) == (len(group), min(map(hosts.count, hosts)))
+
+
+HOSTS = """\
+HloModule m
+
+ENTRY %main (x: f32[96]) -> f32[1152] {
+  %x = f32[96]{0} parameter(0)
+  %permuted = f32[96]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,11},{11,0}}
+  %exchanged = f32[96]{0} all-to-all(%permuted), channel_id=2, replica_groups=GROUPS, dimensions={0}
+  %part = f32[8]{0} reduce-scatter(%exchanged), channel_id=3, replica_groups=GROUPS, dimensions={0}, to_apply=%sum
+  %sum = f32[96]{0} all-reduce(%exchanged), channel_id=4, replica_groups=GROUPS, to_apply=%sum
+  ROOT %all = f32[1152]{0} all-gather(%sum), channel_id=5, replica_groups=GROUPS, dimensions={0}
+}
+"""
+
+
+# Three hosts of four devices. Over all twelve, a device's own adapter brings: of a gather one of the four pieces of
+# each other host; of a scatter its sum's quarter, of which two hosts keep a third each; of a reduction both. With one
+# member on each host nobody shares; with all members on one host nothing leaves it.
+@pytest.mark.parametrize(
+    ("groups", "received", "far"),
+    [
+        ("[1,12]<=[12]", (11 * 384, 384 * 11 / 12, 2 * 384 * 11 / 12), (2 * 384, 384 / 4 * 2 / 3, 2 * 384 / 4 * 2 / 3)),
+        ("[4,3]<=[3,4]T(1,0)", (2 * 384, 256, 512), (2 * 384, 256, 512)),
+        ("[3,4]<=[12]", (3 * 384, 288, 576), (0, 0, 0)),
+    ],
+)
+def test_devices_of_a_host_share_what_comes_from_other_hosts(groups, received, far):
+    found = Reader(HOSTS.replace("GROUPS", groups), open_trips=1, per_host=4).tally().collectives
+    kinds = [found[kind] for kind in ("all-gather", "reduce-scatter", "all-reduce")]
+    assert [kind.bytes for kind in kinds] == pytest.approx(received)
+    assert [kind.far for kind in kinds] == pytest.approx(far)
+    assert found["collective-permute"].far == found["collective-permute"].bytes == 384
+    assert found["all-to-all"].far == (found["all-to-all"].bytes if any(far) else 0)
+
+
+def test_the_slower_of_two_networks_bounds_a_step():
+    aim = topologies.target("h100:4x8")
+    for far, seconds in ((1e9, 1e9 / aim.chip.far), (1e6, (1e9 - 1e6) / aim.chip.network)):
+        costs = compiled._costs(Tally(1.0, 1.0, {"all-gather": Transfer(1, 1e9, far)}), aim)
+        assert costs["seconds"]["network"] == pytest.approx(seconds)
+        assert costs["bound"] == "network"
 
 
 def test_groups_that_are_written_in_no_known_form_are_not_passed_over():

@@ -76,7 +76,10 @@ def _too_large(message: str, step: Step, aim: Target) -> dict[str, float | None]
 
 
 def _costs(tally: Tally, aim: Target) -> dict[str, Any]:
-    """FLOPs, traffic, collectives, and the roofline (Williams et al., 2009): the slowest part bounds a step."""
+    """FLOPs, traffic, collectives, and the roofline (Williams et al., 2009): the slowest part bounds a step.
+
+    The networks within a host and between hosts can work at the same time, so the slower one bounds both.
+    """
     transfers = {
         kind: {"count": round(t.count), "bytes": t.bytes, "bytes_between_hosts": t.far}
         for kind, t in sorted(tally.collectives.items())
@@ -89,6 +92,6 @@ def _costs(tally: Tally, aim: Target) -> dict[str, Any]:
     seconds = {
         "compute": tally.flops / aim.chip.flops,
         "memory": tally.bytes / aim.chip.memory,
-        "network": near / aim.chip.network + far / aim.chip.far,
+        "network": max(near / aim.chip.network, far / aim.chip.far),
     }
     return costs | {"seconds": seconds, "bound": max(seconds, key=seconds.get)}

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mora_jax.planning.groups import largest_hop
+from mora_jax.planning.groups import spread
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+# Those in which devices of one host can fetch different parts from other hosts and hand them on among themselves.
+SHARED = ("all-gather", "all-reduce", "reduce-scatter")
 # What moves no bytes of its own.
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "after-all", "partition-id",
@@ -96,7 +98,10 @@ class Computation(dict[str, Instruction]):
 
 @dataclass
 class Transfer:
-    """One kind of collective: how often per step, and bytes that a device receives in it, `far` of them by network."""
+    """One kind of collective: how often per step, and bytes that a device receives in it.
+
+    `far`: those of them that come through its own adapter to other hosts, if all devices of a host share the work.
+    """
 
     count: float = 0
     bytes: float = 0
@@ -287,6 +292,17 @@ def _moved(made: Instruction, inside: Computation, computations: dict[str, Compu
     return made.bytes() + sum(inside[name].bytes() for name in made.operands if name in inside)
 
 
+def _far(kind: str, size: int, least: int) -> float:
+    """The share of what a device of a host with `least` of `size` devices receives that comes from other hosts.
+
+    Where the host's devices can share, each fetches its part of what the host has not got, (size - least) / (size - 1)
+    of everything, and the others have it from that device.
+    """
+    if least == size:
+        return 0.0
+    return (size - least) / (size - 1) / least if kind in SHARED else 1.0
+
+
 # ---------------------------------------------------------------- the walk
 
 
@@ -354,7 +370,7 @@ class Reader:
             if channel in seen:
                 return
             seen.add(channel)
-        size, far = largest_hop(made.attributes, self.per_host)
+        size, least = spread(made.attributes, self.per_host)
         given = sum(inside[name].bytes(main=False) for name in made.operands if name in inside)
         share = (size - 1) / size
         received = {
@@ -365,4 +381,4 @@ class Reader:
         there = total.collectives.setdefault(made.collective, Transfer())
         there.count += 1
         there.bytes += received
-        there.far += received if far else 0.0
+        there.far += received * _far(made.collective, size, least)
