@@ -120,6 +120,25 @@ def test_the_manner_of_the_tpu_compiler_is_understood():
     assert Reader(TPU_LOOP, open_trips=99, per_host=2).tally().collectives["all-gather"].far == 64 * 256 * 2
 
 
+KERNELS = """\
+HloModule m
+
+ENTRY %main (x: bf16[128,32], k: f32[64,32]) -> bf16[128,32] {
+  %x = bf16[128,32]{1,0} parameter(0)
+  %k = f32[64,32]{1,0} parameter(1)
+  %a = bf16[128,32]{1,0} custom-call(%x, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/pallas_call"}, backend_config={"flag_configs":[],"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"100","transcendentals":"7","bytes_accessed":"9"}}}
+  %b = bf16[128,32]{1,0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/while/body/flops=20/forward_kernel/pallas_call"}, backend_config={ir = "ML"}
+  ROOT %c = bf16[128,32]{1,0} custom-call(%b), custom_call_target="Sharding", metadata={op_name="jit(step)/flops_of"}
+}
+"""  # noqa: E501
+
+
+def test_products_of_kernels_are_those_that_they_say():
+    found = Reader(KERNELS, open_trips=1, per_host=1).tally()
+    assert found.flops == 100 + 20
+    assert found.bytes == 6 * 128 * 32 * 2 + 64 * 32 * 4  # read and written once
+
+
 CHAIN = """\
 HloModule m
 

@@ -2,6 +2,7 @@
 
 XLA's own `cost_analysis` counts a loop body once, and a model whose layers are scanned is a loop. Syntax:
 https://openxla.org/xla/operation_semantics; the TPU compiler writes products as convolutions, batch axes as windows.
+A Pallas kernel is one call: its products are those that it states, its traffic what it reads and writes once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "after-all", "partition-id",
     "replica-id", "optimization-barrier", "while", "conditional", "call", "add-dependency",
 }  # fmt: skip
+# How Pallas kernels say their products: Mosaic in the call's own config, ours for Triton in its name.
+KERNEL_FLOPS = r'(?:"cost_estimate":{"flops":"|op_name="[^"]*\bflops=)(\d+)'
 CALLS = r"calls=%?([\w.\-]+)"
 STARTS = "AsyncCollectiveStart"
 SLICES = ("dynamic-slice", "slice", "gather")
@@ -214,6 +217,8 @@ def _convolution(made: Instruction, inside: Computation) -> float:
 def _flops(made: Instruction, inside: Computation) -> float:
     if made.opcode == "dot" or (made.opcode == "custom-call" and "__cublas" in made.attributes):
         return _dot(made, inside)
+    if made.opcode == "custom-call":
+        return float(made.attribute(KERNEL_FLOPS) or 0)
     return _convolution(made, inside) if made.opcode == "convolution" else 0.0
 
 
