@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "experiments" / "results" / "growth.json"
 TASKS, RANKS = (1, 15, 50, 100), (8, 16)
 COLORS = ("#1b6ca8", "#c8553d")
-# Two rows of 1024 + 512 tokens on each chip; bank rows are not rounded up, so that the curve is the method's own.
+# Two rows of 1024 + 512 tokens on each chip; bank rows are not rounded up, so that the curve is the method's own; no
+# kernel, so that FLOPs compiled for a CPU and for a TPU are those of the same products.
 COMMON = {
     "model.name": "llama2-7b",
     "model.dtype": "bfloat16",
@@ -44,6 +45,7 @@ COMMON = {
     "mesh.data": "1",
     "mesh.fsdp": "-1",
     "method.capacity_bucket": "8",
+    "kernel": "xla",
 }
 PODS = {"llama2-7b": ("v5e:4x4", 32), "llama3-70b": ("v5p:4x4x4", 128)}
 # Llama-2-7B with the 64 experts per site of eight tasks.

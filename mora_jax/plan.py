@@ -2,7 +2,8 @@
 
     python -m mora_jax.plan --config=configs/llm_cl.py[:ARG] --topology=v5e:4x4 [--config.KEY=VALUE ...] [--json]
 
-FLOPs, bytes and collectives are those of the compiled program. Seconds are lower bounds from the vendor's peak figures,
+FLOPs, bytes and collectives are those of the compiled program, with the kernel that config.kernel means on the target;
+of a kernel's inside the FLOPs are those that it states itself. Seconds are lower bounds from the vendor's peak figures,
 never measurements.
 """
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mora_jax.planning.groups import first_group, largest_hop
-from mora_jax.planning.hlo import Reader
+from mora_jax.planning import compiled, topologies
+from mora_jax.planning.groups import first_group, spread
+from mora_jax.planning.hlo import Reader, Tally, Transfer
 
 
 def tally(function: Callable, *shapes: tuple[int, ...], open_trips: int = 1, per_host: int = 8) -> Any:
@@ -115,7 +116,51 @@ def test_the_manner_of_the_tpu_compiler_is_understood():
     # Once the gathered array, four times 4 KiB of a permute and a counter; what lies in fast memory is free.
     assert found.bytes == 2 * 256 * 256 + 4 * (2 * 8 * 256 + 3 * 4)
     assert found.flops == 2 * 2 * 3 * 5 * 4  # both rows of the window axis meet one row of the kernel
-    assert Reader(TPU_LOOP, open_trips=99, per_host=2).tally().collectives["all-gather"].far == gathers.bytes
+    # Of two hosts with two of the four devices each: a device fetches one of the two pieces that its host has not got.
+    assert Reader(TPU_LOOP, open_trips=99, per_host=2).tally().collectives["all-gather"].far == 64 * 256 * 2
+
+
+KERNELS = """\
+HloModule m
+
+ENTRY %main (x: bf16[128,32], k: f32[64,32]) -> bf16[128,32] {
+  %x = bf16[128,32]{1,0} parameter(0)
+  %k = f32[64,32]{1,0} parameter(1)
+  %a = bf16[128,32]{1,0} custom-call(%x, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/pallas_call"}, backend_config={"flag_configs":[],"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"100","transcendentals":"7","bytes_accessed":"9"}}}
+  %b = bf16[128,32]{1,0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/while/body/flops=20/forward_kernel/pallas_call"}, backend_config={ir = "ML"}
+  ROOT %c = bf16[128,32]{1,0} custom-call(%b), custom_call_target="Sharding", metadata={op_name="jit(step)/flops_of"}
+}
+"""  # noqa: E501
+
+
+def test_products_of_kernels_are_those_that_they_say():
+    found = Reader(KERNELS, open_trips=1, per_host=1).tally()
+    assert found.flops == 100 + 20
+    assert found.bytes == 6 * 128 * 32 * 2 + 64 * 32 * 4  # read and written once
+
+
+CHAIN = """\
+HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%sum
+  ROOT %z = f32[8]{0} all-reduce(%y), replica_groups={{0,1}}, to_apply=%sum
+}
+"""
+
+
+@pytest.mark.parametrize(("channels", "count"), [("", 2), ("channel_id=5, ", 1)])
+def test_only_collectives_of_one_channel_are_the_same(channels, count):
+    text = CHAIN.replace("replica_groups", f"{channels}replica_groups")
+    found = Reader(text, open_trips=1, per_host=2).tally().collectives["all-reduce"]
+    assert (found.count, found.bytes) == (count, count * 8 * 4)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +179,50 @@ def test_the_manner_of_the_tpu_compiler_is_understood():
 )
 def test_groups_of_devices(written, group):
     assert first_group(f"channel_id=3, {written}") == group
-    assert largest_hop(written, per_host=2) == (len(group), len({d // 2 for d in group}) > 1)
+    hosts = [device // 2 for device in group]
+    assert spread(written, per_host=2) == (len(group), min(map(hosts.count, hosts)))
+
+
+HOSTS = """\
+HloModule m
+
+ENTRY %main (x: f32[96]) -> f32[1152] {
+  %x = f32[96]{0} parameter(0)
+  %permuted = f32[96]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,11},{11,0}}
+  %exchanged = f32[96]{0} all-to-all(%permuted), channel_id=2, replica_groups=GROUPS, dimensions={0}
+  %part = f32[8]{0} reduce-scatter(%exchanged), channel_id=3, replica_groups=GROUPS, dimensions={0}, to_apply=%sum
+  %sum = f32[96]{0} all-reduce(%exchanged), channel_id=4, replica_groups=GROUPS, to_apply=%sum
+  ROOT %all = f32[1152]{0} all-gather(%sum), channel_id=5, replica_groups=GROUPS, dimensions={0}
+}
+"""
+
+
+# Three hosts of four devices. Over all twelve, a device's own adapter brings: of a gather one of the four pieces of
+# each other host; of a scatter its sum's quarter, of which two hosts keep a third each; of a reduction both. With one
+# member on each host nobody shares; with all members on one host nothing leaves it.
+@pytest.mark.parametrize(
+    ("groups", "received", "far"),
+    [
+        ("[1,12]<=[12]", (11 * 384, 384 * 11 / 12, 2 * 384 * 11 / 12), (2 * 384, 384 / 4 * 2 / 3, 2 * 384 / 4 * 2 / 3)),
+        ("[4,3]<=[3,4]T(1,0)", (2 * 384, 256, 512), (2 * 384, 256, 512)),
+        ("[3,4]<=[12]", (3 * 384, 288, 576), (0, 0, 0)),
+    ],
+)
+def test_devices_of_a_host_share_what_comes_from_other_hosts(groups, received, far):
+    found = Reader(HOSTS.replace("GROUPS", groups), open_trips=1, per_host=4).tally().collectives
+    kinds = [found[kind] for kind in ("all-gather", "reduce-scatter", "all-reduce")]
+    assert [kind.bytes for kind in kinds] == pytest.approx(received)
+    assert [kind.far for kind in kinds] == pytest.approx(far)
+    assert found["collective-permute"].far == found["collective-permute"].bytes == 384
+    assert found["all-to-all"].far == (found["all-to-all"].bytes if any(far) else 0)
+
+
+def test_the_slower_of_two_networks_bounds_a_step():
+    aim = topologies.target("h100:4x8")
+    for far, seconds in ((1e9, 1e9 / aim.chip.far), (1e6, (1e9 - 1e6) / aim.chip.network)):
+        costs = compiled._costs(Tally(1.0, 1.0, {"all-gather": Transfer(1, 1e9, far)}), aim)
+        assert costs["seconds"]["network"] == pytest.approx(seconds)
+        assert costs["bound"] == "network"
 
 
 def test_groups_that_are_written_in_no_known_form_are_not_passed_over():

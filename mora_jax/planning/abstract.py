@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from mora_jax.models import quantised
 from mora_jax.models.keytable import param_shape, rows
 from mora_jax.models.registry import DTYPES, LanguageModel
 from mora_jax.models.tokenizer import Tokenizer
+from mora_jax.ops.gated_projection import compiling_for
 from mora_jax.planning.sizes import decoder_config
 from mora_jax.runtime import distributed
 from mora_jax.runtime.decoding import DECODING
@@ -26,8 +28,6 @@ from mora_jax.runtime.language import ANSWER_TOKENS, PROMPT_TOKENS, LanguageFami
 from mora_jax.runtime.optimizer import make_optimizer
 from mora_jax.runtime.state import TrainState
 from mora_jax.runtime.step import TrainStep
-
-KERNEL = "xla"  # of the gated projection: the only one that plans are compiled with
 
 
 class Lengths(NamedTuple):
@@ -46,11 +46,15 @@ class Step(NamedTuple):
 
 
 class Work:
-    """What a config asks of a mesh while its last task is taught, when the bank is as large as it gets."""
+    """What a config asks of a mesh while its last task is taught, when the bank is as large as it gets.
+
+    The gated projection is the one that config.kernel means on the devices of the mesh, whatever this machine has.
+    """
 
     def __init__(self, config: Any, mesh: Mesh, tasks: int):
         self.config, self.mesh = config, mesh
-        self.method: Method = from_config(config.method, KERNEL)
+        with self._on_target():
+            self.method: Method = from_config(config.method, config.kernel)
         self.sizes = decoder_config(config.model)
         model = LanguageModel(self.sizes, self._params(), Tokenizer.byte_level(), "shapes only")
         self.family = LanguageFamily(model, self.method, config, mesh)
@@ -61,6 +65,16 @@ class Work:
         self.bank = self._placed(lambda: banks.empty(self.sites, self.capacity))
         train = config.train
         self.lengths = Lengths(train.max_prompt_tokens or PROMPT_TOKENS, train.max_answer_tokens or ANSWER_TOKENS)
+
+    def _on_target(self) -> AbstractContextManager[None]:
+        return compiling_for(self.mesh.devices.flat[0].platform)
+
+    def _step(self, lower: Callable[[], Any], groups: dict[str, Any], open_trips: int) -> Step:
+        def on_target() -> Any:
+            with self._on_target():
+                return lower()
+
+        return Step(on_target, groups, open_trips)
 
     def _params(self) -> dict[str, Any]:
         model = self.config.model
@@ -85,7 +99,7 @@ class Work:
         b, t = c.batch_size, text.bucket(sum(self.lengths), c.length_bucket, sum(self.lengths))
         batch = self._batch(tokens=(b, t), prompt=(b,), length=(b,), answers=(1, t))
         groups = {"frozen": self.family.params, "bank": self.bank, "fresh_and_optimizer": fresh}
-        return Step(lambda: step.lower(fresh, self.family.params, self.bank, horizon, batch), groups, 1)
+        return self._step(lambda: step.lower(fresh, self.family.params, self.bank, horizon, batch), groups, 1)
 
     def decode(self) -> Step:
         """Answers to one batch of prompts, all of the longest: the prompt in one pass, then token by token."""
@@ -98,7 +112,7 @@ class Work:
         groups = {"frozen": self.family.params, "bank": self.bank}
         generator = Generator(self.family.decoder, self.family.tokenizer, self.mesh, DECODING[c.decoding])
         run = generator._run  # what a call runs for every batch
-        return Step(lambda: run.lower(variables, batch, most, capacity=capacity), groups, capacity - 1)
+        return self._step(lambda: run.lower(variables, batch, most, capacity=capacity), groups, capacity - 1)
 
     def _batch(self, **shapes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         return distributed.place_batch(

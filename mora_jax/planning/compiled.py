@@ -13,6 +13,8 @@ from mora_jax.planning.abstract import Step, bytes_of
 from mora_jax.planning.hlo import Reader, Tally
 from mora_jax.planning.topologies import Target
 
+# What a kernel of the gated projection is called in a program, with the name of the implementation.
+KERNELS = {"tpu_custom_call": "pallas_tpu", "__gpu$xla.gpu.triton": "pallas_gpu"}
 ACTIVATIONS = "activations_and_temporaries"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # The two ways in which the TPU compiler says that a program does not fit.
@@ -23,23 +25,29 @@ _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 def examine(step: Step, aim: Target) -> dict[str, Any]:
     """Everything that is known of one step on one target, as plain values: bytes, FLOPs and seconds of one device.
 
-    `fits` is None where the memory of the device is unknown. Of a program that the compiler refused for its memory only
-    the bytes are known.
+    `fits` is None where the memory of the device is unknown. `kernel` is what computes the gated projection: xla where
+    the program has no kernel, be it asked for or not. Of a program that the compiler refused for its memory only that
+    and the bytes are known.
     """
     started = time.monotonic()
     lowered = step.lower()
+    found = {"kernel": _kernel(lowered.as_text())}
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as problem:
         if "RESOURCE_EXHAUSTED" not in str(problem):
             raise MoraError(f"the {aim.name} compiler refused: {str(problem).splitlines()[0]}") from problem
         memory = _too_large(str(problem), step, aim)
-        return {"fits": False, "bytes": memory, "compile_seconds": round(time.monotonic() - started, 1)}
+        return found | {"fits": False, "bytes": memory, "compile_seconds": round(time.monotonic() - started, 1)}
     seconds = round(time.monotonic() - started, 1)
     memory = _memory(program.memory_analysis(), step, aim)
     tally = Reader(program.as_text(), step.open_trips, aim.per_host).tally()
     fits = None if memory["available"] is None else memory["total"] <= memory["available"]
-    return {"fits": fits, "bytes": memory, "compile_seconds": seconds} | _costs(tally, aim)
+    return found | {"fits": fits, "bytes": memory, "compile_seconds": seconds} | _costs(tally, aim)
+
+
+def _kernel(text: str) -> str:
+    return next((name for target, name in KERNELS.items() if target in text), "xla")
 
 
 def _groups(step: Step) -> dict[str, float]:
@@ -76,7 +84,10 @@ def _too_large(message: str, step: Step, aim: Target) -> dict[str, float | None]
 
 
 def _costs(tally: Tally, aim: Target) -> dict[str, Any]:
-    """FLOPs, traffic, collectives, and the roofline (Williams et al., 2009): the slowest part bounds a step."""
+    """FLOPs, traffic, collectives, and the roofline (Williams et al., 2009): the slowest part bounds a step.
+
+    The networks within a host and between hosts can work at the same time, so the slower one bounds both.
+    """
     transfers = {
         kind: {"count": round(t.count), "bytes": t.bytes, "bytes_between_hosts": t.far}
         for kind, t in sorted(tally.collectives.items())
@@ -89,6 +100,6 @@ def _costs(tally: Tally, aim: Target) -> dict[str, Any]:
     seconds = {
         "compute": tally.flops / aim.chip.flops,
         "memory": tally.bytes / aim.chip.memory,
-        "network": near / aim.chip.network + far / aim.chip.far,
+        "network": max(near / aim.chip.network, far / aim.chip.far),
     }
     return costs | {"seconds": seconds, "bound": max(seconds, key=seconds.get)}

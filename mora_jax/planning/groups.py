@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -54,10 +55,10 @@ def first_group(attributes: str) -> list[int]:
     raise ValueError(f"no groups of devices in {attributes[:200]}")
 
 
-def largest_hop(attributes: str, per_host: int) -> tuple[int, bool]:
-    """How many devices a collective joins (2 for a permutation), and whether they live on several hosts.
+def spread(attributes: str, per_host: int) -> tuple[int, int]:
+    """How many devices a collective joins (2 for a permutation), and the fewest of them that one host has.
 
     `per_host` devices make a host, in their order. ValueError for a form that is not known: better than a wrong sum.
     """
     group = first_group(attributes)
-    return len(group), len({device // per_host for device in group}) > 1
+    return len(group), min(Counter(device // per_host for device in group).values())

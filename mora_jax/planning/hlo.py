@@ -2,6 +2,7 @@
 
 XLA's own `cost_analysis` counts a loop body once, and a model whose layers are scanned is a loop. Syntax:
 https://openxla.org/xla/operation_semantics; the TPU compiler writes products as convolutions, batch axes as windows.
+A Pallas kernel is one call: its products are those that it states, its traffic what it reads and writes once.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mora_jax.planning.groups import largest_hop
+from mora_jax.planning.groups import spread
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+# Those in which devices of one host can fetch different parts from other hosts and hand them on among themselves.
+SHARED = ("all-gather", "all-reduce", "reduce-scatter")
 # What moves no bytes of its own.
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "after-all", "partition-id",
     "replica-id", "optimization-barrier", "while", "conditional", "call", "add-dependency",
 }  # fmt: skip
+# How Pallas kernels say their products: Mosaic in the call's own config, ours for Triton in its name.
+KERNEL_FLOPS = r'(?:"cost_estimate":{"flops":"|op_name="[^"]*\bflops=)(\d+)'
 CALLS = r"calls=%?([\w.\-]+)"
 STARTS = "AsyncCollectiveStart"
 SLICES = ("dynamic-slice", "slice", "gather")
@@ -96,7 +101,10 @@ class Computation(dict[str, Instruction]):
 
 @dataclass
 class Transfer:
-    """One kind of collective: how often per step, and bytes that a device receives in it, `far` of them by network."""
+    """One kind of collective: how often per step, and bytes that a device receives in it.
+
+    `far`: those of them that come through its own adapter to other hosts, if all devices of a host share the work.
+    """
 
     count: float = 0
     bytes: float = 0
@@ -209,6 +217,8 @@ def _convolution(made: Instruction, inside: Computation) -> float:
 def _flops(made: Instruction, inside: Computation) -> float:
     if made.opcode == "dot" or (made.opcode == "custom-call" and "__cublas" in made.attributes):
         return _dot(made, inside)
+    if made.opcode == "custom-call":
+        return float(made.attribute(KERNEL_FLOPS) or 0)
     return _convolution(made, inside) if made.opcode == "convolution" else 0.0
 
 
@@ -287,6 +297,17 @@ def _moved(made: Instruction, inside: Computation, computations: dict[str, Compu
     return made.bytes() + sum(inside[name].bytes() for name in made.operands if name in inside)
 
 
+def _far(kind: str, size: int, least: int) -> float:
+    """The share of what a device of a host with `least` of `size` devices receives that comes from other hosts.
+
+    Where the host's devices can share, each fetches its part of what the host has not got, (size - least) / (size - 1)
+    of everything, and the others have it from that device.
+    """
+    if least == size:
+        return 0.0
+    return (size - least) / (size - 1) / least if kind in SHARED else 1.0
+
+
 # ---------------------------------------------------------------- the walk
 
 
@@ -350,10 +371,11 @@ class Reader:
 
     def _collect(self, made: Instruction, inside: Computation, total: Tally, seen: set[str]) -> None:
         channel = made.attribute(r"channel_id=(\d+)")
-        if channel in seen:
-            return
-        seen.add(channel)
-        size, far = largest_hop(made.attributes, self.per_host)
+        if channel is not None:  # without one, no other line speaks of the same collective
+            if channel in seen:
+                return
+            seen.add(channel)
+        size, least = spread(made.attributes, self.per_host)
         given = sum(inside[name].bytes(main=False) for name in made.operands if name in inside)
         share = (size - 1) / size
         received = {
@@ -364,4 +386,4 @@ class Reader:
         there = total.collectives.setdefault(made.collective, Transfer())
         there.count += 1
         there.bytes += received
-        there.far += received if far else 0.0
+        there.far += received * _far(made.collective, size, least)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mora_jax import config as configs
 from mora_jax.benchmarks import standard_cl, stream, trace
-from mora_jax.planning.abstract import KERNEL, Work, bytes_of
+from mora_jax.planning.abstract import Work, bytes_of
 from mora_jax.planning.advice import advice
 from mora_jax.planning.compiled import examine
 from mora_jax.planning.topologies import Target
@@ -54,7 +54,7 @@ def make_plan(config: Any, aim: Target, devices: Sequence[Any], tasks: int) -> d
         "quantise": config.model.quantise,
         "remat": config.model.remat,
         "method": config.method.name,
-        "kernel": KERNEL,
+        "kernel": config.kernel,
         "tasks": tasks,
         "experts_per_site": work.capacity,
         "sites": sum(site.layers for site in work.sites.values()),
@@ -128,6 +128,7 @@ def _costs(plan: dict[str, Any]) -> Table:
     for part in ("compute", "memory", "network"):
         cells = [_number((step.get("seconds") or {}).get(part), 1e-3, 1) for step in steps]
         table.add_row(f"at least ms, {part}", *cells)
+    table.add_row("gated projection", *(step["kernel"] for step in steps))
     table.add_row("bound by", *(step.get("bound") or "?" for step in steps))
     table.add_row("compiled in s", *(f"{step['compile_seconds']:.1f}" for step in steps))
     return table

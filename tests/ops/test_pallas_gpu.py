@@ -251,6 +251,28 @@ def test_lowers_to_triton_and_keeps_no_gate_in_memory():
     assert {int(width) for width in re.findall(rf"tensor<{tokens}x(\d+)x", text)} <= {d, 16}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "forward", "backward"),
+    [(jnp.bfloat16, 3 * 64 + 32, 4 * 64 + 32), (jnp.float32, 6 * 64 + 6 * 32, 12 * 64 + 6 * 32)],
+)
+def test_a_kernel_says_its_products_to_who_reads_the_program(dtype, forward, backward):
+    """Three parts of a float32 row meet one bfloat16 part, or in six pairs three; dx takes one part of each, or six."""
+    shape = jax.ShapeDtypeStruct
+    rows = [shape((n, d), jnp.float32) for n in (64, 16) for d in (64, 32)]
+
+    def train(x, keys, values, fresh_keys, fresh_values, live, dy):
+        def project(x, a, b):
+            return pallas_gpu.project(x, keys, values, a, b, live, FEW)
+
+        y, pull = jax.vjp(project, x, fresh_keys, fresh_values)
+        return y, pull(dy)
+
+    traced = jax.jit(train).trace(shape((128, 64), dtype), *rows, shape((), jnp.int32), shape((128, 32), dtype))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    said = {int(count) for count in re.findall(r"flops=(\d+)", text)}
+    assert said == {2 * 128 * (64 + 16) * per_row for per_row in (forward, backward)}
+
+
 def test_decode_lowers_to_triton():
     shape = jax.ShapeDtypeStruct
     keys = shape((100, 512), jnp.float32)

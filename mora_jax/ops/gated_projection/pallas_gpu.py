@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from mora_jax.ops.gated_projection import pallas_gpu_decode
 from mora_jax.ops.gated_projection.pallas_gpu_backward import backward_kernel
-from mora_jax.ops.gated_projection.pallas_gpu_gate import PARTS, Bank, Plan, Tile, cut, decide, product
+from mora_jax.ops.gated_projection.pallas_gpu_gate import PARTS, Bank, Plan, Tile, cut, decide, product, terms
 from mora_jax.ops.gated_projection.tiles_gpu import PROGRAMS, SMALLEST, tiles_of
 from mora_jax.ops.gated_projection.xla import Selection, cotangents
 
@@ -230,13 +230,20 @@ def _active(plan: Plan):
     return (plan.programs, sum(bank.blocks + 1 for bank in plan.banks)), jnp.int32
 
 
+def flops(plan: Plan, key_parts: int, value_parts: int, backward: bool) -> int:
+    """Of a kernel's products of bfloat16 parts, as if every row existed and every block of experts were active."""
+    inward, outward = len(terms(plan.parts, key_parts)), len(terms(plan.parts, value_parts))
+    again = len(terms(plan.parts, min(plan.parts, key_parts))) if backward else 0  # dx = dz keys
+    return 2 * plan.tokens * plan.columns * ((inward + again) * plan.d_in + outward * plan.d_out)
+
+
 def _call(kernel, plan: Plan, tokens, rows, outs, buffers, live):
     def whole(shape):
         return pl.BlockSpec(shape, lambda _: (0,) * len(shape))
 
     arguments = [jnp.asarray(live, jnp.int32).reshape(1), *tokens, *rows[0], *rows[1]]
     results = [*outs, *buffers]
-    return pl.pallas_call(
+    call = pl.pallas_call(
         partial(kernel, plan=plan),
         grid=(plan.programs,),
         in_specs=[whole(a.shape) for a in arguments],
@@ -245,4 +252,7 @@ def _call(kernel, plan: Plan, tokens, rows, outs, buffers, live):
         compiler_params=plgpu.CompilerParams(num_warps=plan.tiles.warps, num_stages=plan.tiles.stages),
         interpret=plan.interpret,
         name=kernel.__name__,
-    )(*arguments)
+    )
+    count = flops(plan, rows[0][0].shape[0], rows[1][0].shape[0], kernel is backward_kernel)
+    with jax.named_scope(f"flops={count}"):  # the way to Triton drops pl.CostEstimate; planning/hlo.py reads this
+        return call(*arguments)

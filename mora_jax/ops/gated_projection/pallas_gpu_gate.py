@@ -91,16 +91,19 @@ def cut(a: jax.Array, parts: int) -> list[jax.Array]:
     return found
 
 
+def terms(a: int, b: int) -> list[tuple[int, int]]:
+    """Which parts meet in a product of `a` by `b` parts: the others are below the rounding of float32."""
+    return [(i, j) for i in range(a) for j in range(b) if i + j < max(a, b)]
+
+
 def product(a: list[jax.Array], b: list[jax.Array], transpose: bool = False) -> jax.Array:
     """The product of two sums of parts, a b or a b^T, as far as float32 can tell; the smallest terms first.
 
     Only for the short stretch of a loop's step: tensor cores round towards zero where they accumulate, so sums over
     several terms and over the steps are left to ordinary arithmetic (Ootomo and Yokota, arXiv 2203.03341).
     """
-    order = max(len(a), len(b)) - 1
-    pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j <= order]
     total = None
-    for i, j in sorted(pairs, key=sum, reverse=True):
+    for i, j in sorted(terms(len(a), len(b)), key=sum, reverse=True):
         term = plgpu.dot(a[i], b[j], trans_b=transpose)
         # A difference: Triton makes a chain of products of a sum, and computes half of a chain twice.
         total = term if total is None else total - (-term)
