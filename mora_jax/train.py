@@ -97,7 +97,7 @@ class Run:
             records = len(task.split("train")) if self.method.trains else 0
             if self.method.trains and (not records or (not steps and epochs * records < config.train.batch_size)):
                 raise MoraError(
-                    f"task {task.name} has {records} training records, in {epochs} epochs fewer than one batch of "
+                    f"task {task.name} has {records} training records, in {epochs} epoch(s) fewer than one batch of "
                     f"train.batch_size={config.train.batch_size}"
                 )
         self.mesh, self.family, self.sites = experiment.load_family(config, self.method, self.tasks)

@@ -82,8 +82,8 @@ MISTAKES: Mapping[str, tuple[Callable[[Path], None] | None, dict[str, object], t
     "deep nesting": (replace("digits/train.json", "[" * 100_000), {}, ("digits/train.json",)),
     "a batch that cannot fill": (
         replace("digits/train.json", f"[{RECORD}, {RECORD}, {RECORD}]"),
-        {},
-        ("task digits", "3 training records", "train.batch_size=4"),
+        {"train.steps_per_task": 0, "train.epochs_per_task": 1},
+        ("task digits", "3 training records", "in 1 epoch(s)", "train.batch_size=4"),
     ),
     "no length": (None, {"train.steps_per_task": "3,0"}, ("task digits", "train.steps_per_task")),
     "too few lengths": (
