@@ -50,11 +50,10 @@ COMMON = {
 PODS = {"llama2-7b": ("v5e:4x4", 32), "llama3-70b": ("v5p:4x4x4", 128)}
 # Llama-2-7B with the 64 experts per site of eight tasks. A name begins with the topology; `decode` ends that of a batch
 # of answers.
-ONE_ROW = {"kernel": "auto", "train.batch_size": "1", "eval.batch_size": "1"}
 ROWS_32 = {"kernel": "auto", "train.batch_size": "32", "eval.batch_size": "32"}
 PLANS = {
     **{f"v5e:1x1 {name}": {"model.quantise": name, "train.batch_size": "1"} for name in ("none", "nf4")},
-    **{f"v5e:1x1 int8{step}": ONE_ROW | {"model.quantise": "int8"} for step in ("", " decode")},
+    "v5e:1x1 int8": {"kernel": "auto", "model.quantise": "int8", "train.batch_size": "1"},
     "v5p:2x2x2": {"train.batch_size": "32"},
     "h100:4x8": ROWS_32,
     **{
