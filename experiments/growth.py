@@ -1,4 +1,4 @@
-"""What a train step needs as the bank grows, as pod and batch grow, and where it fits: from compiled programs.
+"""What a step needs as the bank grows, as pod and batch grow, and where it fits: from compiled programs.
 
 Command    python experiments/growth.py [--only SUBSTRING]
 Result     experiments/results/growth.json and growth.png
@@ -48,11 +48,19 @@ COMMON = {
     "kernel": "xla",
 }
 PODS = {"llama2-7b": ("v5e:4x4", 32), "llama3-70b": ("v5p:4x4x4", 128)}
-# Llama-2-7B with the 64 experts per site of eight tasks.
+# Llama-2-7B with the 64 experts per site of eight tasks. A name begins with the topology; `decode` ends that of a batch
+# of answers.
+ROWS_32 = {"kernel": "auto", "train.batch_size": "32", "eval.batch_size": "32"}
 PLANS = {
-    **{f"v5e:1x1 {name}": {"model.quantise": name, "train.batch_size": "1"} for name in ("none", "int8", "nf4")},
+    **{f"v5e:1x1 {name}": {"model.quantise": name, "train.batch_size": "1"} for name in ("none", "nf4")},
+    "v5e:1x1 int8": {"kernel": "auto", "model.quantise": "int8", "train.batch_size": "1"},
     "v5p:2x2x2": {"train.batch_size": "32"},
-    "h100:4x8": {"train.batch_size": "32"},
+    "h100:4x8": ROWS_32,
+    **{
+        f"h100:8 {method} {step}": ROWS_32 | {"method.name": method}
+        for method in ("mora", "inc_lora")
+        for step in ("train", "decode")
+    },
     "v5p:8x8x8": {"train.batch_size": "512", "mesh.data": "8"},
 }
 CHIPS = {"v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
@@ -76,16 +84,17 @@ def points() -> dict[str, dict[str, Any]]:
         found[f"weak {chips} chips"] = point | {"kind": "compiled"}
     for pod, overrides in PLANS.items():
         point = {"model": "llama2-7b", "rank": 8, "tasks": 8, "topology": pod.partition(" ")[0]}
-        found[f"plan {pod}"] = point | {"overrides": COMMON | overrides, "kind": "compiled"}
+        step = "decode" if pod.endswith("decode") else "train"
+        found[f"plan {pod}"] = point | {"overrides": COMMON | overrides, "kind": "compiled", "step": step}
     return dict(sorted(found.items(), key=lambda pair: pair[1]["kind"] == "compiled"))
 
 
 def make(point: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one point, of one device and one step. Needs the compilers' environment."""
+    """The numbers of one point, of one device and one train or decode step. Needs the compilers' environment."""
     config = configs.load(f"{ROOT}/configs/llm_cl.py:benchmark=trace", point["overrides"])
     aim = topologies.target(point["topology"])
     work = Work(config, make_mesh(config.mesh, topologies.devices_of(aim)), point["tasks"])
-    step = work.train()
+    step = work.steps()[point.get("step", "train")]
     found = {"experts_per_site": work.capacity, "devices": aim.devices}
     if point["kind"] == "compiled":
         return found | examine(step, aim)

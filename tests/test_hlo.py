@@ -47,6 +47,34 @@ def test_traffic_of_scanned_weights_is_their_slices():
     assert weights < tally(layers, (2, 256), (10, 256, 256)).bytes < 3.5 * weights
 
 
+CODED = """\
+HloModule m
+
+%t8 (t: s8[10,64,64]) -> s8[10,64,64] {
+  %t = s8[10,64,64]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %again = s8[10,64,64]{2,1,0:T(8,128)(4,1)} copy(%t)
+}
+
+%fused (w: s8[10,64,64], i: s32[]) -> s8[1,64,64] {
+  %w = s8[10,64,64]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %same = s8[10,64,64]{2,1,0} fusion(%w), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%t8
+  ROOT %one = s8[1,64,64]{2,1,0:S(1)} dynamic-slice(%same, %i, %zero, %zero), dynamic_slice_sizes={1,64,64}
+}
+
+ENTRY %main (w: s8[10,64,64], i: s32[]) -> s8[1,64,64] {
+  %w = s8[10,64,64]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[]{:S(2)} parameter(1)
+  ROOT %one = s8[1,64,64]{2,1,0:S(1)} fusion(%w, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_of_int8_weights_that_are_renamed_before_they_are_sliced_the_slice_is_read():
+    assert Reader(CODED, open_trips=1, per_host=1).tally().bytes == 64 * 64
+
+
 TPU_LOOP = """\
 HloModule m
 

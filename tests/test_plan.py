@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -329,6 +331,31 @@ def test_llama_2_7b_with_64_experts_per_site_fits(topology):
     assert found["tokens"] == {"prompt": 1024, "answer": 512}
     assert found["fits"] is True, found["steps"]
     assert found["frozen_over_share"] < 1.1
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    """The arguments of every `python -m mora_jax.plan` that README shows."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    return [shlex.split(found) for found in re.findall(r"^    python -m mora_jax\.plan (.*)$", text, re.MULTILINE)]
+
+
+def test_the_plans_that_the_readme_shows_are_of_configs_that_exist():
+    asked = [plan.understand(words) for words in commands_of_the_readme()]
+    assert [(one.config.model.name, one.aim.name) for one in asked] == [
+        ("llama3.2-1b", "v5e:2x4"),
+        ("llama2-7b", "v5e:1x1"),
+    ]
+
+
+@pytest.mark.slow
+@needs_compilers
+def test_the_command_of_the_readme_fits_llama_2_7b_on_one_16_gb_chip():
+    words = next(words for words in commands_of_the_readme() if "--topology=v5e:1x1" in words)
+    run = subprocess.run([*COMMAND, *words, "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert (found["fits"], found["experts_per_site"], found["devices"]) == (True, 64, 1)
+    assert all(step["kernel"] == "pallas_tpu" for step in found["steps"].values())
 
 
 @pytest.mark.slow

@@ -261,7 +261,7 @@ def _used(name: str, fused: Computation, computations: dict[str, Computation]) -
         for position in (i for i, operand in enumerate(user.operands) if operand == name):
             if user.collective or user.opcode == "tuple":  # counted as a collective, or handed on
                 continue
-            if user.opcode == "bitcast":
+            if user.opcode == "bitcast" or "output_to_operand_aliasing" in user.attributes:  # int8 in another tiling
                 total += _used(user.name, fused, computations)
             elif user.opcode == "fusion":
                 inner = computations[user.attribute(CALLS)]
