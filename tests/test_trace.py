@@ -173,7 +173,9 @@ def test_a_run_says_which_set_it_is_of(main: Callable[..., Ended], root: Path, t
     ]
     run = main(*argv)
     assert (run.code, run.err) == (0, "")
-    assert "trace (a set of its own size): 20Minuten -> FOMC" in " ".join(run.out.split())
+    said = " ".join(run.out.split())
+    assert "trace: 20Minuten -> FOMC" in said
+    assert "│ data │ a set of its own size │" in said
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert results["variant"] == ["a set of its own size"] * 2
     assert results["metric"] == ["sari", "choice"]
