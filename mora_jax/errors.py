@@ -22,6 +22,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> MoraError:
     return MoraError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}")
 
 
+def some(names: Sequence[object]) -> str:
+    """The first three of many names, for a line that is to stay one."""
+    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
 def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Runs a binary: 0 when done, 2 after an error of the user or of the disk, which is told in one line on stderr."""
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from mora_jax.benchmarks import folder as text_folder
 from mora_jax.benchmarks.pictures import Picture, PictureTask
 from mora_jax.benchmarks.stream import SPLITS
+from mora_jax.data.files import read_lines
 from mora_jax.errors import MoraError
 
 LAYOUT = "the folder that holds <task>/{train,eval,test}/<class>/ with pictures"
@@ -38,13 +39,10 @@ def task_names(root: str) -> tuple[str, ...]:
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise MoraError(f"{path}: not UTF-8 at byte {error.start}") from None
-    if not any(lines):
+    lines = tuple(read_lines(path))
+    if not lines:
         raise MoraError(f"{path} is empty; fill or remove it")
-    return tuple(filter(None, lines))
+    return lines
 
 
 def _class_names(task: Path, classes: list[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from mora_jax.data.registries import Unavailable
-from mora_jax.errors import MoraError, unknown
+from mora_jax.errors import MoraError, some, unknown
 from mora_jax.metrics import text
 
 SPLITS = ("train", "eval", "test")
@@ -125,8 +125,7 @@ class Task:
         few = [label for label, indices in members.items() if len(indices) < shots]
         said = f"{shots} shots drawn with seed {seed}"
         if few:
-            named = ", ".join(few[:3]) + (", ..." if len(few) > 3 else "")
-            said += f", all there are of {len(few)} of {len(members)} classes that have fewer ({named})"
+            said += f", all there are of {len(few)} of {len(members)} classes that have fewer ({some(few)})"
         return dataclasses.replace(
             self,
             splits={**self.splits, "train": tuple(records[i] for i in sorted(kept))},

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mora_jax.data.files import read_json
+from mora_jax.data.files import read_json, read_lines
 from mora_jax.data.images import png
 from mora_jax.errors import MoraError
 
@@ -142,10 +142,7 @@ def read_coop(folder: Path, split_file: str, images: str) -> PictureSet:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise MoraError(f"{path.parent}: half prepared: no {path.name}; unpack the archive of FGVC Aircraft there")
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise MoraError(f"{path}: not UTF-8 at byte {error.start}") from None
+    return read_lines(path)
 
 
 def has_aircraft(folder: Path) -> bool:

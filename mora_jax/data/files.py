@@ -9,6 +9,16 @@ from typing import Any
 from mora_jax.errors import MoraError
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that hold something, stripped; MoraError with the place of a byte that is no UTF-8."""
+    try:
+        # utf-8-sig: a byte-order mark, which some editors write, is not content.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise MoraError(f"{path}: not UTF-8 at byte {error.start}") from None
+    return [stripped for line in lines if (stripped := line.strip())]
+
+
 def read_json(path: Path) -> Any:
     """The value in a UTF-8 JSON file; MoraError with the place of what is wrong in it."""
     try:

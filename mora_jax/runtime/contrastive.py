@@ -193,7 +193,7 @@ class ClipFamily:
         classes: Classes = variables.pop("classes")
         legal = place(self.mesh, self._legal(task))
         size = whole_rows(self.mesh, self.config["eval"]["batch_size"])
-        texts, gates = [], classes.gates[task.name]
+        texts, gates, names = [], classes.gates[task.name], self._names(task)
         plan = pictures.ReadPlan(self._reader(task, examples), size)
         every = -(-len(plan) // COUNTED)
         for i, batch in enumerate(pictures.pipeline(plan)):
@@ -201,7 +201,7 @@ class ClipFamily:
             chosen, counts = jax.device_get(self._choose(variables, classes.embeddings, legal, placed, count=count))
             rows = min(size, len(examples) - len(texts))
             found = zip(chosen[:rows].tolist(), batch["real"], strict=False)
-            texts += [self._name(index, task) if real else None for index, real in found]
+            texts += [names[index] if real else None for index, real in found]
             gates += GateCounts.fetched(counts)
             after_batch(rows)
         return Classification(texts, gates)
@@ -214,10 +214,11 @@ class ClipFamily:
         real = jnp.broadcast_to(batch["real"][:, None], (len(points), self.sizes.vision.positions))
         return chosen, count_gates(told.get("stats", {}), real)
 
-    def _name(self, index: int, task: PictureTask) -> str:
-        owner, name = self.classes[index]
+    def _names(self, task: PictureTask) -> list[str]:
+        """What each class of the stream is called as an answer to a picture of this task."""
         own = dict(zip(_texts(task, 1), task.classes, strict=True))
-        return own.get(self._meaning[index], f"{owner}: {name}")
+        pairs = zip(self._meaning, self.classes, strict=True)
+        return [own.get(meaning, f"{owner}: {name}") for meaning, (owner, name) in pairs]
 
     # -------------------------------------------------------------------- gates
 

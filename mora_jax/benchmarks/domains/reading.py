@@ -26,7 +26,7 @@ from mora_jax.benchmarks.domains import DOMAINS, Domain
 from mora_jax.benchmarks.pictures import Picture, PictureTask
 from mora_jax.data import archives, tfds
 from mora_jax.data.archives import PictureSet, Stored
-from mora_jax.errors import MoraError
+from mora_jax.errors import MoraError, some
 
 LAYOUT = "the folder that holds the sets of pictures, in CoOp's layout or prepared by TFDS"
 AIRCRAFT_FOLDERS = ("fgvc_aircraft", "fgvc-aircraft-2013b/data")
@@ -125,7 +125,7 @@ def _with_its_classes(domain: Domain, read: Callable[[], PictureSet]) -> Picture
             f"{len(domain.classes)}, such as {domain.classes[0]!r}"
         )
     if strange:
-        names = ", ".join(map(repr, strange[:3])) + (", ..." if len(strange) > 3 else "")
+        names = some([repr(name) for name in strange])
         print(
             f"task {domain.name!r}: {len(strange)} of {len(known)} class names are the files' own: {names}",
             file=sys.stderr,
