@@ -36,8 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "experiments" / "results" / "growth.json"
 TASKS, RANKS = (1, 15, 50, 100), (8, 16)
 COLORS = ("#1b6ca8", "#c8553d")
-# Two rows of 1024 + 512 tokens on each chip; bank rows are not rounded up, so that the curve is the method's own; no
-# kernel, so that FLOPs compiled for a CPU and for a TPU are those of the same products.
+# Two rows of 1024 + 512 tokens on each chip; bank rows are not rounded up, so that the curve is the method's own.
 COMMON = {
     "model.name": "llama2-7b",
     "model.dtype": "bfloat16",
@@ -45,16 +44,18 @@ COMMON = {
     "mesh.data": "1",
     "mesh.fsdp": "-1",
     "method.capacity_bucket": "8",
-    "kernel": "xla",
 }
+# Curves over tasks go without the kernel: FLOPs compiled for a CPU and for a TPU are then those of the same products.
+CURVE = COMMON | {"kernel": "xla"}
 PODS = {"llama2-7b": ("v5e:4x4", 32), "llama3-70b": ("v5p:4x4x4", 128)}
 # Llama-2-7B with the 64 experts per site of eight tasks. A name begins with the topology; `decode` ends that of a batch
 # of answers.
-ROWS_32 = {"kernel": "auto", "train.batch_size": "32", "eval.batch_size": "32"}
+ROW = {"train.batch_size": "1", "eval.batch_size": "1"}
+ROWS_32 = {"train.batch_size": "32", "eval.batch_size": "32"}
 PLANS = {
-    **{f"v5e:1x1 {name}": {"model.quantise": name, "train.batch_size": "1"} for name in ("none", "nf4")},
-    "v5e:1x1 int8": {"kernel": "auto", "model.quantise": "int8", "train.batch_size": "1"},
-    "v5p:2x2x2": {"train.batch_size": "32"},
+    **{f"v5e:1x1 {name}": ROW | {"model.quantise": name} for name in ("none", "nf4", "int8")},
+    "v5e:1x1 int8 decode": ROW | {"model.quantise": "int8"},
+    "v5p:2x2x2": ROWS_32,
     "h100:4x8": ROWS_32,
     **{
         f"h100:8 {method} {step}": ROWS_32 | {"method.name": method}
@@ -73,7 +74,7 @@ def points() -> dict[str, dict[str, Any]]:
         for rank in RANKS:
             for tasks in TASKS:
                 own = {"model.name": model, "method.rank": str(rank), "train.batch_size": str(batch)}
-                point = {"model": model, "rank": rank, "tasks": tasks, "topology": pod, "overrides": COMMON | own}
+                point = {"model": model, "rank": rank, "tasks": tasks, "topology": pod, "overrides": CURVE | own}
                 found[f"growth {model} r{rank} {tasks} tasks"] = point | {"kind": "shapes"}
                 if (rank, tasks) == (8, 100):
                     found[f"compiled {model} r{rank} {tasks} tasks"] = point | {"kind": "compiled"}
