@@ -119,7 +119,7 @@ def plot(made: dict[str, Any], path: Path) -> None:
             bottom.plot(TASKS, [p["flops"] / 1e12 for p in line], "o-", color=color, label=f"r = {rank}")
         frozen = line[0]["bytes"]["frozen"] / 2**30
         top.axhline(frozen, color="#7a7a7a", ls="--", lw=1, label="frozen weights")
-        known = [p for p in made.values() if (p["kind"], p["topology"], p["model"]) == ("compiled", pod, model)]
+        known = [p for name, p in made.items() if name.startswith(f"compiled {model} ")]
         if known:
             flops = [p["flops"] / 1e12 for p in known]
             bottom.plot([p["tasks"] for p in known], flops, "x", color="k", label=f"by {pod}'s compiler")
