@@ -405,8 +405,7 @@ def selections(workdir: Path) -> set[tuple[Any, ...]]:
 @pytest.mark.parametrize("method", ["inc_lora", "mora"])
 def test_all_meshes_and_processes_train_alike(method, folder, environment, record_property):
     reference = folder / f"{method}-1"
-    # A hard top-k amplifies rounding with every step, and large steps amplify it sooner: at 0.02 the twentieth loss of
-    # mora differed by 1.7e-3 on one of these meshes, at 0.005 by 2e-7.
+    # A hard top-k amplifies rounding with every step, and large steps amplify it sooner.
     rate = {"train__learning_rate": 0.005} if method == "mora" else {}
     (run,) = all_ended([start(command(folder, reference.name, method, **rate), environment)])
     assert run.code == 0, run.err
