@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
 from interruptions import arrays, checkpoints, ended, rows, wait_for
+from jax._src.clusters import cloud_tpu_cluster
 from launching import BINARY, CONFIG, Ended, results, write_task
 
 from mora_jax.errors import MoraError
@@ -188,22 +189,50 @@ print(hosts.gathered(jax.process_index()))
 """
 
 
+def pod_of_two(port: object) -> dict[str, str]:
+    """What Kubernetes tells each worker; the last three keep JAX from asking Google's metadata server."""
+    pod = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "JAX_COORDINATOR_PORT": str(port)}
+    return pod | {"MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+
+
 def test_workers_of_a_tpu_pod_meet_as_jax_finds_them(environment):
-    port = address().rpartition(":")[2]
-    # What Kubernetes tells each worker; the last three keep JAX from asking Google's metadata server.
-    pod = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "JAX_COORDINATOR_PORT": port}
-    pod |= {"MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+    pod = pod_of_two(address().rpartition(":")[2])
     each = [environment | pod | {"TPU_WORKER_ID": str(i)} for i in range(2)]
     for run in all_ended([start([sys.executable, "-c", POD], variables) for variables in each]):
         assert run.code == 0, run.err
         assert said(run) == ["[0, 1]"]
 
 
-def test_a_taken_port_is_told_in_one_line(environment):
+def test_a_taken_port_is_told_in_one_line():
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         place = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(MoraError, match=rf"--coordinator={place}: port \d+ of this host cannot be had"):
             hosts.start(hosts.from_options({"coordinator": place, "processes": "2", "process": "0"}))
+
+
+@pytest.mark.parametrize(
+    ("started_by", "place"),
+    [(slurm, "the first of SLURM_STEP_NODELIST=127.0.0.1"), (open_mpi, "OMPI_MCA_orte_hnp_uri=")],
+)
+def test_a_taken_port_is_told_where_a_launcher_chose_it(started_by, place, monkeypatch):
+    """In JAX it ends in a segmentation fault, which would end the tests too."""
+    for name, value in started_by(0)[1].items():
+        monkeypatch.setenv(name, value)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", str(port))
+        with pytest.raises(MoraError, match=rf"^{place}.*: port {port} of this host cannot be had"):
+            hosts.start(hosts.from_options({}))
+
+
+def test_a_taken_port_is_told_on_a_pod(monkeypatch):
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(hosts, "_in_pod", lambda *_: True)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        for name, value in (pod_of_two(taken.getsockname()[1]) | {"TPU_WORKER_ID": "0"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(MoraError, match=r"^the first worker of this TPU pod: port \d+ of this host cannot be had"):
+            hosts.start(hosts.from_options({}))
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv  # no public name finds an address without binding its port
 from jax.experimental import multihost_utils
 
 from mora_jax import errors
@@ -33,7 +34,7 @@ OPTIONS = ("coordinator", "processes", "process")
 
 class Cluster(NamedTuple):
     """How the processes find each other: `method` is JAX's name of it, None where JAX is to look itself; the rest is
-    for `deactivate`, the explicit one.
+    given for `deactivate`, the explicit one, and found by `start` for the others.
 
     `place` says in an error where the coordinator was looked for.
     """
@@ -104,8 +105,6 @@ def start(cluster: Cluster | None) -> None:
     if cluster is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if cluster.coordinator and cluster.process == 0:
-        _check_free(cluster)
 
     def give_up() -> None:
         print(
@@ -119,6 +118,9 @@ def start(cluster: Cluster | None) -> None:
     watch.daemon = True
     watch.start()
     try:
+        cluster = _located(cluster)
+        if cluster.coordinator and cluster.process == 0:
+            _check_free(cluster)
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.processes,
@@ -136,6 +138,17 @@ def start(cluster: Cluster | None) -> None:
         ) from problem
     finally:
         watch.cancel()
+
+
+def _located(cluster: Cluster) -> Cluster:
+    """With the coordinator's address, the number of processes and that of this one, as `initialize` would find them."""
+    if cluster.method == "deactivate":
+        return cluster
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        address, None, None, None, cluster.method, 2 * CONNECT_SECONDS
+    )
+    return cluster._replace(**dict(zip(OPTIONS, found, strict=False)))
 
 
 def _check_free(cluster: Cluster) -> None:
