@@ -143,11 +143,19 @@ on_workers() {
     done || true
 }
 
+# What a worker does with the copy: unpack it, or print "$run busy LAUNCH" where an earlier launch still runs from the tree.
+# That one's process is looked at too, because its number may be another one's after a restart of the host.
+# shellcheck disable=SC2016  # expanded there
+unpack='for pid in mora_jax/launches/*/pid; do state=${pid%/pid}
+    if [ -s "$pid" ] && [ ! -s "$state/code" ] && grep -qs "launch.sh\|mora_jax" "/proc/$(cat "$pid")/cmdline"
+    then echo "$run busy ${state##*/}"; exit 75; fi
+done; mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax'
+
 # launch_on_pod NAME ZONE -- ARGS. The exit code is that of the first worker that failed, 255 where one never told.
 launch_on_pod() {
     [[ $# -ge 4 && $3 == -- ]] || die "usage: bash launch.sh tpu NAME ZONE -- --config=... --workdir=gs://..."
     name=$1 zone=$2 run=launch-$(date +%Y%m%d-%H%M%S)-$$
-    local addresses workers folder started worker said failed="" code=0
+    local addresses workers folder started worker said busy there failed="" code=0
     command -v gcloud >/dev/null || die "gcloud is not on the PATH; it comes with the Google Cloud CLI"
     addresses=$(pod describe "$name" --format='value(networkEndpoints[].ipAddress)') ||
         die "gcloud cannot describe the TPU $name in zone $zone (it says why above)"
@@ -159,8 +167,13 @@ launch_on_pod() {
     tar -czf "$folder/mora_jax.tgz" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./launches \
         --exclude=__pycache__ .
     pod scp "$folder/mora_jax.tgz" "$name:mora_jax.tgz" --worker=all || die "copying to $name failed"
-    pod ssh "$name" --worker=all --command="mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax" ||
-        die "unpacking on $name failed"
+    said=$(pod ssh "$name" --worker=all --command="run=$run; $unpack") || code=$?
+    busy=$(sed -n "s/^$run busy //p" <<<"$said" | head -n 1)
+    there="gcloud compute tpus tpu-vm ssh $name --zone=$zone --worker"
+    [[ -z $busy ]] || die "$busy still runs on $name. Look at it: $there=0 --command='tail -f" \
+        "mora_jax/launches/$busy/log'; make it save and end: $there=all --command='kill \$(cat" \
+        "mora_jax/launches/$busy/pid)'"
+    ((code == 0)) || die "unpacking on $name failed: $said"
     say "starting; output and exit code of each worker stay in ~/mora_jax/launches/$run there"
     touch "$folder/ends"
     # In the background, so that a signal is answered at once and the output goes on until the run has saved.

@@ -127,8 +127,8 @@ def test_a_pod_gets_the_tree_and_every_worker_trains(pod, tmp_path: Path):
     compute, zone = ["compute", "tpus", "tpu-vm"], "--zone=us-west4-a"
     assert described == [*compute, "describe", "pod", "--format=value(networkEndpoints[].ipAddress)", zone]
     assert copied == [*compute, "scp", copied[4], "pod:mora_jax.tgz", "--worker=all", zone]
-    unpack = "--command=mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax"
-    assert unpacked == [*compute, "ssh", "pod", "--worker=all", unpack, zone]
+    assert unpacked == [*compute, "ssh", "pod", "--worker=all", unpacked[6], zone]
+    assert unpacked[6].endswith("; mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax")
     assert started == [*compute, "ssh", "pod", "--worker=all", started[6], zone]
     bash, script, name, *rest = shlex.split(started[6].removeprefix("--command="))
     assert (bash, script, rest) == ("bash", "mora_jax/experiments/launch/tpu_worker.sh", TRAIN)
@@ -175,6 +175,38 @@ def test_a_signal_makes_all_workers_save(pod, tmp_path: Path):
     name = next(tmp_path.glob("workers/0/mora_jax/launches/*")).name
     assert calls(tmp_path)[-1][6] == f"--command=kill -TERM $(cat mora_jax/launches/{name}/pid)"
     assert "worker 1 saved" in (tmp_path / f"workers/1/mora_jax/launches/{name}/log").read_text()
+
+
+def test_a_pod_whose_run_goes_on_is_refused_before_its_code_is_written_over(pod, tmp_path: Path):
+    """As when the machine that started it was shut, and the same command is given again."""
+    process = pod("pod", "z", "--", *TRAIN, WAIT="1")
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until and len(list(tmp_path.glob("workers/*/mora_jax/trained"))) < 2:
+        time.sleep(0.1)
+    process.kill()
+    kept = tmp_path / "workers/0/mora_jax/README.md"
+    kept.write_text("as it was")
+    run = ended(pod("pod", "z", "--", *TRAIN))
+    name = next(tmp_path.glob("workers/0/mora_jax/launches/*")).name
+    there = "gcloud compute tpus tpu-vm ssh pod --zone=z --worker"
+    stop = f"kill $(cat mora_jax/launches/{name}/pid)"
+    assert run.code == 2, run
+    assert run.err.splitlines()[-1] == (
+        f"launch.sh: {name} still runs on pod. Look at it: {there}=0 --command='tail -f mora_jax/launches/{name}/log'; "
+        f"make it save and end: {there}=all --command='{stop}'"
+    )
+    assert kept.read_text() == "as it was"
+    for worker in range(2):
+        home = tmp_path / "workers" / str(worker)
+        subprocess.run(["bash", "-c", stop], cwd=home, check=True)
+        while time.monotonic() < until and not (home / "mora_jax/launches" / name / "code").exists():
+            time.sleep(0.1)
+        assert f"worker {worker} saved" in (home / "mora_jax/launches" / name / "log").read_text()
+    process.communicate(timeout=SECONDS)  # what the killed one had started ends with the run
+    (tmp_path / f"workers/0/mora_jax/launches/{name}/code").unlink()  # as a restart of the host leaves it
+    again = ended(pod("pod", "z", "--", *TRAIN))
+    assert again.code == 0, again
+    assert kept.read_bytes() == (ROOT / "README.md").read_bytes()
 
 
 @pytest.mark.parametrize("words", [(), ("pod", "z"), ("pod", "z", "--"), ("pod", "z", *TRAIN)])
