@@ -92,6 +92,8 @@ def said(run: Ended) -> list[str]:
         (["--coordinator=a:1"], "--coordinator needs --processes beside it"),
         (["--process=0", "--processes=2"], "needs --coordinator beside it"),
         (["--coordinator=a", "--processes=2", "--process=0"], "--coordinator=a is no HOST:PORT"),
+        (["--coordinator=a:0", "--processes=2", "--process=0"], "--coordinator=a:0 is no HOST:PORT with 1 <= PORT"),
+        (["--coordinator=a:65536", "--processes=2", "--process=0"], "a:65536 is no .* PORT <= 65535"),
         (["--coordinator=a:1", "--processes=two", "--process=0"], "--processes=two is no whole number"),
         (["--coordinator=a:1", "--processes=2", "--process=2"], "--process=2 does not lie below --processes=2"),
     ],

@@ -57,8 +57,9 @@ def from_options(options: Mapping[str, str]) -> Cluster | None:
     usage = "legal: --coordinator=HOST:PORT --processes=N --process=I with 0 <= I < N, all three"
     if missing := [name for name in OPTIONS if name not in given]:
         raise MoraError(f"--{next(iter(given))} needs --{missing[0]} beside it; {usage}")
-    if not re.fullmatch(r".+:\d{1,5}", given["coordinator"]):
-        raise MoraError(f"--coordinator={given['coordinator']} is no HOST:PORT; {usage}")
+    port = re.fullmatch(r".+:(\d{1,5})", given["coordinator"])
+    if not port or not 1 <= int(port[1]) <= 65535:
+        raise MoraError(f"--coordinator={given['coordinator']} is no HOST:PORT with 1 <= PORT <= 65535; {usage}")
     for name in OPTIONS[1:]:
         if not given[name].isdecimal():
             raise MoraError(f"--{name}={given[name]} is no whole number; {usage}")
