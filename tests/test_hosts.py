@@ -25,6 +25,7 @@ from interruptions import arrays, checkpoints, ended, rows, wait_for
 from jax._src.clusters import cloud_tpu_cluster
 from launching import BINARY, CONFIG, Ended, results, write_task
 
+from mora_jax import errors
 from mora_jax.errors import MoraError
 from mora_jax.runtime import hosts
 from mora_jax.runtime.checkpoint import Checkpoints
@@ -242,7 +243,7 @@ def test_a_process_that_meets_nobody_says_where_it_waited(number, environment):
     place = address()
     alone = GREET.replace("CONNECT_SECONDS, hosts.LOST_SECONDS = 60", "CONNECT_SECONDS, hosts.LOST_SECONDS = 2")
     (run,) = all_ended([start([sys.executable, "-c", alone, *of_pair(number, place)], environment)])
-    assert run.code == 2
+    assert run.code == errors.AGAIN
     assert run.err.count("\n") == 1, run.err
     assert f"within 2 s at --coordinator={place}" in run.err
 
@@ -317,6 +318,15 @@ def test_hosts_that_were_started_differently_are_refused(option, value, parts, f
         for part in parts:
             assert part in run.err
     assert not list((folder / "differing").glob("*.json*"))
+
+
+def test_the_trouble_of_one_process_has_its_exit_code_on_all(monkeypatch):
+    trouble = {"host": "there", "problem": "no answer", "code": errors.AGAIN, "facts": {}}
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "gathered", lambda own: [own, trouble])
+    with pytest.raises(MoraError, match=r"process 1 \(there\) has stopped: no answer") as caught, hosts.together():
+        pass
+    assert caught.value.code == errors.AGAIN
 
 
 @pytest.fixture(scope="module")

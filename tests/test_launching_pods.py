@@ -20,6 +20,7 @@ from conftest import ROOT
 from launching import Ended
 
 from mora_jax import config as configs
+from mora_jax import errors
 from mora_jax.planning import topologies
 
 LAUNCH = ROOT / "experiments" / "launch"
@@ -229,7 +230,7 @@ def test_an_unknown_pod_is_refused_before_anything_is_copied(pod, tmp_path: Path
 
 
 def test_a_stopped_run_asks_to_be_started_again(environment, tmp_path: Path, smoke):
-    """75 after a SIGTERM, where the train binary itself says 0."""
+    """AGAIN after a SIGTERM, where the train binary itself says 0."""
     command = [sys.executable, str(LAUNCH / "train_to_end.py"), *smoke("smoke,benchmark=folder,method=inc_lora")]
     command += ["--config.train.steps_per_task=300"]
     process = subprocess.Popen(command, env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
@@ -237,7 +238,7 @@ def test_a_stopped_run_asks_to_be_started_again(environment, tmp_path: Path, smo
     while time.monotonic() < until and not (tmp_path / "w" / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=SECONDS) == 75
+    assert process.wait(timeout=SECONDS) == errors.AGAIN
 
 
 # ---------------------------------------------------------------- SLURM
@@ -246,14 +247,25 @@ SRUN = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"$FAKE/srun.said"\nexit "$CODE
 SCONTROL = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"$FAKE/scontrol.said"\n'
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (2, False), (137, False)])
-def test_slurm_starts_one_process_per_gpu_and_queues_a_stopped_job_again(code, again, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [
+        (0, None, False),
+        (errors.AGAIN, None, True),
+        (errors.LOST, "19", True),
+        (errors.AGAIN, "20", False),
+        (errors.REFUSED, None, False),
+        (137, None, False),
+    ],
+)
+def test_slurm_starts_one_process_per_gpu_and_queues_a_job_that_may_go_on_again(code, restarts, again, tmp_path: Path):
     stand_in(tmp_path, "srun", SRUN)
     stand_in(tmp_path, "scontrol", SCONTROL)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     stand_in(tmp_path / ".venv" / "bin", "python", "")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "CODE": str(code)}
     environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17"}
+    environment |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
     job = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *TRAIN], env=environment, check=False)
     assert job.returncode == code
     program = [".venv/bin/python", "experiments/launch/train_to_end.py"]
@@ -340,7 +352,9 @@ def test_the_jobset_has_the_fields_of_the_api_and_one_process_per_host():
     assert job["parallelism"] == job["completions"] == math.ceil(slice_of.devices / chips)
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert (ROOT / container["command"][1]).is_file()
-    fails = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
-    assert (fails["containerName"], fails["values"]) == (container["name"], [2])
+    (rule,) = job["podFailurePolicy"]["rules"]
+    fails = rule["onExitCodes"]
+    assert (rule["action"], fails["operator"], fails["containerName"]) == ("FailJob", "In", container["name"])
+    assert fails["values"] == [errors.REFUSED]  # after every other code the JobSet starts again
     options, overrides = configs.split(container["args"], ("config", "workdir", "config.KEY"))
     assert configs.load(options["config"], overrides).benchmark.name == "trace"  # a config that exists, with its keys

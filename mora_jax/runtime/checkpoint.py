@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mora_jax import errors
 from mora_jax.errors import MoraError
 from mora_jax.runtime import hosts, storage
 from mora_jax.runtime.writers import write_json
@@ -77,7 +78,10 @@ class Checkpoints:
         return sorted((p.parent for p in self.folder.glob(f"*/{MANIFEST}")), reverse=True)
 
     def save(self, arrays: Any, meta: dict[str, Any]) -> Path:
-        """Writes a checkpoint; `meta` holds at least step (global), task and phase. Raises MoraError if it cannot."""
+        """Writes a checkpoint; `meta` holds at least step (global), task and phase.
+
+        Raises MoraError if it cannot; where another process is lost, what JAX says of that.
+        """
         folder = self.folder / _name(meta["step"], meta["task"], meta["phase"])
         try:
             if hosts.first():
@@ -95,9 +99,12 @@ class Checkpoints:
         except Exception as problem:  # orbax and tensorstore have no common error for a full or read-only disk
             with contextlib.suppress(OSError):
                 storage.remove_folder(folder)
+            if hosts.several() and isinstance(problem, jax.errors.JaxRuntimeError):
+                raise
             reason = str(problem).strip()[-200:]  # what the operating system said stands last
             raise MoraError(
-                f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are untouched"
+                f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are untouched",
+                errors.code_of(problem),
             ) from problem
         if hosts.first():
             self._thin(meta)

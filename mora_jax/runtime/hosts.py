@@ -113,7 +113,7 @@ def start(cluster: Cluster | None) -> None:
             f"{cluster.place}; start all of them, and check that every host reaches that address",
             file=sys.stderr,
         )
-        end(2)
+        end(errors.AGAIN)
 
     watch = threading.Timer(CONNECT_SECONDS, give_up)
     watch.daemon = True
@@ -135,7 +135,8 @@ def start(cluster: Cluster | None) -> None:
         told = str(problem) or repr(problem)
         alone = "; for one process alone: --coordinator=localhost:1 --processes=1 --process=0"
         raise MoraError(
-            f"the processes cannot meet at {cluster.place}: {told}{'' if cluster.method else alone}"
+            f"the processes cannot meet at {cluster.place}: {told}{'' if cluster.method else alone}",
+            errors.AGAIN if isinstance(problem, RuntimeError) else errors.REFUSED,
         ) from problem
     finally:
         watch.cancel()
@@ -206,12 +207,13 @@ def together() -> Iterator[dict[str, Any]]:
         if problem:
             raise problem
         return
-    told = gathered({"host": socket.gethostname(), "problem": problem and str(problem), "facts": facts})
+    own = {"problem": problem and str(problem), "code": problem and errors.code_of(problem)}
+    told = gathered({"host": socket.gethostname(), **own, "facts": facts})
     if problem:
         raise problem
     for number, other in enumerate(told):
         if other["problem"]:
-            raise MoraError(f"process {number} ({other['host']}) has stopped: {other['problem']}")
+            raise MoraError(f"process {number} ({other['host']}) has stopped: {other['problem']}", other["code"])
     reference = told[0]["facts"]
     for number, other in enumerate(told):
         keys = sorted(reference.keys() | other["facts"].keys())
@@ -228,7 +230,7 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """`errors.exit_code` for a binary that may be one of several processes.
 
     They end together. After an error a process leaves at once, and the others notice that within LOST_SECONDS; what it
-    sees of that itself, a computation that fails, is an error too (3).
+    sees of that itself, a computation that fails, is an error too (LOST).
     """
     try:
         code = errors.exit_code(run, argv)
@@ -239,7 +241,7 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
             raise
         reason = str(problem).splitlines()[0]
         print(f"error: a computation of all processes failed, another one may be lost: {reason}", file=sys.stderr)
-        code = 3
+        code = errors.LOST
     if several():
         if code:
             if first():  # the coordination service goes with this process, and then the others abort in mid-sentence
