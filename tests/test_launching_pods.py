@@ -26,11 +26,19 @@ from mora_jax.planning import topologies
 LAUNCH = ROOT / "experiments" / "launch"
 TRAIN = ["--config=configs/llm_cl.py:smoke", "--workdir=gs://bucket/a run", "--config.benchmark.tasks=a,b"]
 SECONDS = 60
+CARRIED = ("PYTHON", "MORA_JAX_CACHE", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "HF_TOKEN")  # to the workers
+# What a worker is told to do with the copy.
+UNPACK = r"""for pid in mora_jax/launches/*/pid; do state=${pid%/pid}
+    if [ -s "$pid" ] && [ ! -s "$state/code" ] && grep -qs "launch.sh\|mora_jax" "/proc/$(cat "$pid")/cmdline"
+    then rm mora_jax.tgz; echo "$run busy ${state##*/}"; exit 75; fi
+done
+rm -f mora_jax/.hf_token; mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax; code=$?; rm mora_jax.tgz; exit $code
+""".strip()
 
 # gcloud: writes down every call and does to the folders workers/0, workers/1 ... what it would do to workers. BREAK
 # names the one whose connection breaks once, LOSE the one that is never reached.
 GCLOUD = f"""#!{sys.executable} -S
-import json, os, shutil, subprocess, sys, time
+import json, os, shutil, subprocess, sys, tarfile, time
 words, here = sys.argv[1:], os.environ["FAKE"]
 with open(f"{{here}}/calls", "a") as calls:
     calls.write(json.dumps(words) + "\\n")
@@ -44,10 +52,14 @@ elif words[3] == "scp":
     for home in homes:
         os.makedirs(home, exist_ok=True)
         shutil.copy(words[4], f"{{home}}/{{words[5].partition(':')[2]}}")
+    if "HF_TOKEN" in os.environ:
+        with open(f"{{here}}/modes", "w") as modes, tarfile.open(words[4]) as archive:
+            print(oct(os.stat(words[4]).st_mode & 0o777), oct(archive.getmember(".hf_token").mode), file=modes)
 elif words[3] == "ssh":
     command = next(w for w in words if w.startswith("--command=")).partition("=")[2]
     def connect(i):
-        return subprocess.Popen(["bash", "-c", command], cwd=homes[i], env=os.environ | {{"WORKER": str(i)}})
+        there = {{k: v for k, v in os.environ.items() if k not in {CARRIED}}}
+        return subprocess.Popen(["bash", "-c", command], cwd=homes[i], env=there | {{"WORKER": str(i)}})
     training = "tpu_worker" in command
     reached = [i for i in range(count) if not (training and os.environ.get("LOSE") == str(i))]
     connected = {{i: connect(i) for i in reached}}
@@ -69,6 +81,7 @@ case "$1 $2" in
     "-m mora_jax.train")
         trap 'echo "worker $WORKER saved"; kill $!; exit 0' TERM
         printf '%s\\n' "$MORA_JAX_PLATFORM" "${@:3}" >>trained
+        printf '%s\\n' "${PYTHON:-}" "${XLA_FLAGS:-}" "${HF_TOKEN:-}" >>carried
         echo "worker $WORKER trains"
         if [[ -n ${WAIT:-} ]]; then sleep 30 & wait; fi
         sleep 0.5
@@ -94,7 +107,8 @@ def pod(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(*words: str, **variables: str) -> subprocess.Popen:
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "FAKE": str(tmp_path), "WORKERS": "2"} | variables
+        environment = {k: v for k, v in os.environ.items() if k not in CARRIED}
+        environment |= {"PATH": path, "FAKE": str(tmp_path), "WORKERS": "2"} | variables
         command = ["bash", str(ROOT / "launch.sh"), "tpu", *words]
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
@@ -128,11 +142,12 @@ def test_a_pod_gets_the_tree_and_every_worker_trains(pod, tmp_path: Path):
     compute, zone = ["compute", "tpus", "tpu-vm"], "--zone=us-west4-a"
     assert described == [*compute, "describe", "pod", "--format=value(networkEndpoints[].ipAddress)", zone]
     assert copied == [*compute, "scp", copied[4], "pod:mora_jax.tgz", "--worker=all", zone]
-    assert unpacked == [*compute, "ssh", "pod", "--worker=all", unpacked[6], zone]
-    assert unpacked[6].endswith("; mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax")
+    name = next(tmp_path.glob("workers/0/mora_jax/launches/*")).name
+    unpack = f"--command=run={name}; {UNPACK}"
+    assert unpacked == [*compute, "ssh", "pod", "--worker=all", unpack, zone]
     assert started == [*compute, "ssh", "pod", "--worker=all", started[6], zone]
-    bash, script, name, *rest = shlex.split(started[6].removeprefix("--command="))
-    assert (bash, script, rest) == ("bash", "mora_jax/experiments/launch/tpu_worker.sh", TRAIN)
+    words = ["bash", "mora_jax/experiments/launch/tpu_worker.sh", name, *TRAIN]
+    assert shlex.split(started[6].removeprefix("--command=")) == words
     for worker in range(2):
         assert trained(tmp_path, worker) == ["tpu", *TRAIN]
         there = tmp_path / "workers" / str(worker) / "mora_jax"
@@ -142,6 +157,21 @@ def test_a_pod_gets_the_tree_and_every_worker_trains(pod, tmp_path: Path):
     assert "worker 0 trains" in run.out
     assert "worker 1" not in run.out  # its output stays there
     assert not Path(copied[4]).exists()  # nothing is left here
+
+
+def test_the_workers_get_the_variables_of_the_shell_and_the_token_through_a_file(pod, tmp_path: Path):
+    flags, token = "--xla_a=1 --xla_b='x y'", "hf_secret"
+    run = ended(pod("pod", "z", "--", *TRAIN, PYTHON="python3.13", XLA_FLAGS=flags, HF_TOKEN=token))
+    assert run.code == 0, run
+    command = calls(tmp_path)[3][6].removeprefix("--command=")
+    assert shlex.split(command)[:3] == ["PYTHON=python3.13", f"XLA_FLAGS={flags}", "bash"]
+    assert token not in (tmp_path / "calls").read_text() + run.out + run.err
+    for worker in range(2):
+        home = tmp_path / "workers" / str(worker)
+        assert (home / "mora_jax" / "carried").read_text().splitlines() == ["python3.13", flags, token]
+        assert not (home / "mora_jax.tgz").exists()
+        assert not (home / "mora_jax" / ".hf_token").exists()
+    assert (tmp_path / "modes").read_text().split() == ["0o600", "0o600"]  # of the archive and of the token in it
 
 
 @pytest.mark.parametrize("worker", [0, 1])
