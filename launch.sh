@@ -17,6 +17,7 @@ bash launch.sh tpu NAME ZONE -- ARGS  bash launch.sh ARGS on every worker of the
 bash launch.sh help                   this text
 
 Everything goes into .venv beside this script; relative paths are taken from there too. Running it again is cheap.
+On a pod PYTHON, MORA_JAX_CACHE, JAX_COMPILATION_CACHE_DIR, XLA_FLAGS and HF_TOKEN are those set here.
 PYTHON              the interpreter to use (default: the first of python3.13, 3.12, 3.11, python3 that is >= 3.11)
 MORA_JAX_PLATFORM   cpu, gpu or tpu: the jax build to install (default: what this host has)
 EOF
@@ -143,11 +144,22 @@ on_workers() {
     done || true
 }
 
+# What a worker does with the copy: unpack it, or print "$run busy LAUNCH" where an earlier launch still runs from the
+# tree. That one's process is looked at too, because its number may be another one's after a restart of the host.
+# shellcheck disable=SC2016  # expanded there
+unpack='for pid in mora_jax/launches/*/pid; do state=${pid%/pid}
+    if [ -s "$pid" ] && [ ! -s "$state/code" ] && grep -qs "launch.sh\|mora_jax" "/proc/$(cat "$pid")/cmdline"
+    then rm mora_jax.tgz; echo "$run busy ${state##*/}"; exit 75; fi
+done
+rm -f mora_jax/.hf_token; mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax; code=$?; rm mora_jax.tgz; exit $code'
+# Variables of this shell that the run on the workers gets. HF_TOKEN too, but in a file: others see a command line.
+carried=(PYTHON MORA_JAX_CACHE JAX_COMPILATION_CACHE_DIR XLA_FLAGS)
+
 # launch_on_pod NAME ZONE -- ARGS. The exit code is that of the first worker that failed, 255 where one never told.
 launch_on_pod() {
     [[ $# -ge 4 && $3 == -- ]] || die "usage: bash launch.sh tpu NAME ZONE -- --config=... --workdir=gs://..."
     name=$1 zone=$2 run=launch-$(date +%Y%m%d-%H%M%S)-$$
-    local addresses workers folder started worker said failed="" code=0
+    local addresses workers folder started worker said busy there variable command="" token=() failed="" code=0
     command -v gcloud >/dev/null || die "gcloud is not on the PATH; it comes with the Google Cloud CLI"
     addresses=$(pod describe "$name" --format='value(networkEndpoints[].ipAddress)') ||
         die "gcloud cannot describe the TPU $name in zone $zone (it says why above)"
@@ -156,15 +168,26 @@ launch_on_pod() {
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
     say "copying this tree to ${#workers[@]} worker(s) of $name"
+    umask 077
+    [[ -z ${HF_TOKEN:-} ]] || { printf '%s\n' "$HF_TOKEN" >"$folder/.hf_token" && token=(-C "$folder" .hf_token); }
+    for variable in "${carried[@]}"; do
+        [[ -z ${!variable:-} ]] || command+="$variable=$(printf %q "${!variable}") "
+    done
     tar -czf "$folder/mora_jax.tgz" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./launches \
-        --exclude=__pycache__ .
+        --exclude=__pycache__ . "${token[@]}"
     pod scp "$folder/mora_jax.tgz" "$name:mora_jax.tgz" --worker=all || die "copying to $name failed"
-    pod ssh "$name" --worker=all --command="mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax" ||
-        die "unpacking on $name failed"
+    said=$(pod ssh "$name" --worker=all --command="run=$run; $unpack") || code=$?
+    busy=$(sed -n "s/^$run busy //p" <<<"$said" | head -n 1)
+    there="gcloud compute tpus tpu-vm ssh $name --zone=$zone --worker"
+    [[ -z $busy ]] || die "$busy still runs on $name. Look at it: $there=0 --command='tail -f" \
+        "mora_jax/launches/$busy/log'; make it save and end: $there=all --command='kill \$(cat" \
+        "mora_jax/launches/$busy/pid)'"
+    ((code == 0)) || die "unpacking on $name failed: $said"
     say "starting; output and exit code of each worker stay in ~/mora_jax/launches/$run there"
     touch "$folder/ends"
     # In the background, so that a signal is answered at once and the output goes on until the run has saved.
-    on_workers "$folder/ends" "bash mora_jax/experiments/launch/tpu_worker.sh $run$(printf ' %q' "${@:4}")" &
+    command+="bash mora_jax/experiments/launch/tpu_worker.sh $run$(printf ' %q' "${@:4}")"
+    on_workers "$folder/ends" "$command" &
     started=$!
     trap 'trap - INT TERM; say "stopping the run on $name"
         on_workers /dev/null "kill -TERM \$(cat mora_jax/launches/$run/pid)"' INT TERM

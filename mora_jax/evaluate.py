@@ -135,7 +135,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """The exit code: 0 when done, 2 after an error that was told in one line."""
+    """The exit code: 0 when done, else as `mora_jax.errors` lists them."""
     return hosts.exit_code(run, sys.argv[1:])
 
 

@@ -17,7 +17,9 @@ from mora_jax.data import packages
 from mora_jax.errors import MoraError
 from mora_jax.methods import bank as banks
 from mora_jax.methods.method import Method
-from mora_jax.models.registry import kind_of, load_model
+from mora_jax.methods.presets import PRESETS
+from mora_jax.metrics.text import METRICS
+from mora_jax.models.registry import MODELS, kind_of, load_model
 from mora_jax.runtime import distributed
 from mora_jax.runtime.contrastive import ClipFamily
 from mora_jax.runtime.display import Display
@@ -30,6 +32,18 @@ def keep_compiled() -> None:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(packages.cache_dir() / "xla")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def print_known() -> None:
+    """What --list prints: every name that a config value can have."""
+    display = Display()
+    tasks = ", ".join(stream.task_names("packaged_text", ""))
+    display.facts("known names", {
+        "benchmark": f"{', '.join(stream.names())} (tasks of packaged_text: {tasks})",
+        "model": ", ".join(MODELS),
+        "method": ", ".join(PRESETS),
+        "metric": ", ".join(METRICS),
+    })  # fmt: skip
 
 
 def load_tasks(config: Any) -> list[Task]:

@@ -87,7 +87,7 @@ def in_child(argv: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """The exit code: 0 when planned, whether it fits or not; 2 after an error that was told in one line."""
+    """The exit code: 0 when planned, whether it fits or not, else as `mora_jax.errors` lists them."""
     return exit_code(run, sys.argv[1:])
 
 

@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when drawn, 2 after an error that was told in one line."""
+    """The exit code: 0 when drawn, else as `mora_jax.errors` lists them."""
     return exit_code(run, sys.argv[1:] if argv is None else argv)
 
 

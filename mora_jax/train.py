@@ -23,15 +23,12 @@ import jax.numpy as jnp
 
 from mora_jax import config as configs
 from mora_jax import experiment
-from mora_jax.benchmarks import stream
 from mora_jax.errors import MoraError
 from mora_jax.methods import bank as banks
 from mora_jax.methods import boundaries
 from mora_jax.methods.method import from_config
-from mora_jax.methods.presets import PRESETS
-from mora_jax.metrics.text import METRICS, metric
+from mora_jax.metrics.text import metric
 from mora_jax.models import quantised
-from mora_jax.models.registry import MODELS
 from mora_jax.planning import report as plans
 from mora_jax.planning import topologies
 from mora_jax.reporting import page
@@ -66,6 +63,7 @@ class Run:
         # ---------------------------------------------------------------- where it goes
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         self.fingerprint = configs.fingerprint(config, self.family.identity)
+        self.identity = configs.digest({"config": self.fingerprint, "stream": self.stream_record()})
         self.progress = self.resume()
         self.progress.widen(len(self.tasks))
         self.earlier_seconds = self.progress.wall_seconds
@@ -78,7 +76,7 @@ class Run:
             self.sites,
             frozen_parameters=count_parameters(quantised.plain(self.family.params)),
             chance=[self.family.chance(task) for task in self.tasks],
-            fingerprint=configs.digest({"config": self.fingerprint, "stream": self.stream_record()}),
+            fingerprint=self.identity,
             command=command,
             workdir=workdir,
             display=self.display,
@@ -151,14 +149,15 @@ class Run:
 
     def resume(self) -> Progress:
         restored = self.checkpoints.restore(self.target)
+        row = self.checkpoints.noted(self.identity)
         if restored is None:
             self.bank = self.new_bank()
-            return Progress()
+            return Progress().with_row(row)
         meta, arrays = restored
         self.bank = arrays["bank"]
         if "state" in arrays:
             self.state = TrainState(**arrays["state"])
-        progress = Progress(**meta["progress"])
+        progress = Progress(**meta["progress"]).with_row(row)
         where = "zero-shot" if progress.task < 0 else f"task {progress.task + 1} ({self.names[progress.task]})"
         self.display.say(f"resumed from {self.workdir} at step {progress.step}: {where}, {progress.phase}")
         return progress
@@ -169,7 +168,7 @@ class Run:
     def save(self, phase: str) -> None:
         p = self.progress
         p.phase = phase
-        p.wall_seconds = self.earlier_seconds + time.monotonic() - self.started
+        self.clock()
         p.train_traces = max(self.earlier_traces, self.step.traces)
         meta = {
             "step": p.step,
@@ -185,6 +184,14 @@ class Run:
         }
         arrays = self.arrays(self.bank, self.state if phase == "training" else None)
         self.checkpoints.save(distributed.place(self.mesh, arrays), meta)
+
+    def note(self) -> None:
+        """Saves the entries that a row has so far, so that it goes on from there; the arrays are those last saved."""
+        self.clock()
+        self.checkpoints.note(self.identity, self.progress.row())
+
+    def clock(self) -> None:
+        self.progress.wall_seconds = self.earlier_seconds + time.monotonic() - self.started
 
     # -------------------------------------------------------------------- one task
 
@@ -285,23 +292,25 @@ class Run:
         """The row before all training, for tasks that do not have it yet."""
         p = self.progress
         missing = [i for i, score in enumerate(p.zero_shot) if score is None]
-        if not missing:
-            return
-        bank, self.bank = self.bank, self.new_bank()  # an empty bank: the frozen model
-        variables = self.prepare()
-        for i in missing:
-            p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate(variables, ZERO_SHOT_ROW, i)
-        self.bank = bank
-        if p.task < 0:
+        if missing:
+            bank, self.bank = self.bank, self.new_bank()  # an empty bank: the frozen model
+            variables = self.prepare()
+            for i in missing:
+                p.zero_shot[i], p.zero_shot_lenient[i], _ = self.evaluate(variables, ZERO_SHOT_ROW, i)
+                self.note()
+            self.bank = bank
+        if p.task < 0 and (missing or p.phase != "evaluated"):
             self.save("evaluated")
 
     def fill_row(self, index: int) -> None:
-        """Row `index` of R."""
+        """Row `index` of R, but for the entries that it has already."""
         last, p = len(self.tasks) if self.config.eval.future_tasks else index + 1, self.progress
-        variables = self.prepare()
-        for i in range(last):
+        missing = [i for i in range(last) if p.R[index][i] is None]
+        variables = self.prepare() if missing else {}
+        for i in missing:
             p.R[index][i], _, gates = self.evaluate(variables, row_name(index, self.names), i)
             p.gates[index][i] = list(gates)
+            self.note()
         self.save("evaluated")
 
     def map_gates(self) -> None:
@@ -351,20 +360,8 @@ class Run:
         return not self.method.trains or (p.task == len(self.tasks) - 1 and p.phase == "evaluated")
 
     def write_results(self) -> None:
-        self.progress.wall_seconds = self.earlier_seconds + time.monotonic() - self.started
+        self.clock()
         self.results.write(self.progress, self.log.timing(), complete=self.finished())
-
-
-def print_known() -> None:
-    """What --list prints: every name that a config value can have."""
-    display = Display()
-    tasks = ", ".join(stream.task_names("packaged_text", ""))
-    display.facts("known names", {
-        "benchmark": f"{', '.join(stream.names())} (tasks of packaged_text: {tasks})",
-        "model": ", ".join(MODELS),
-        "method": ", ".join(PRESETS),
-        "metric": ", ".join(METRICS),
-    })  # fmt: skip
 
 
 def dry_run(config: Any) -> None:
@@ -380,7 +377,7 @@ def teach(argv: Sequence[str]) -> None:
         return
     invocation = configs.parse(argv)
     if invocation.config is None:
-        print_known()
+        experiment.print_known()
         return
     hosts.start(hosts.from_options(invocation.hosts))
     experiment.keep_compiled()
@@ -409,7 +406,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """The exit code: 0 when done or stopped as asked, 2 after an error that was told in one line."""
+    """The exit code: 0 when done or stopped as asked, else as `mora_jax.errors` lists them."""
     return hosts.exit_code(run, sys.argv[1:])
 
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 
-from mora_jax import train
+from mora_jax import errors, train
 
 BINARY = (sys.executable, "-m", "mora_jax.train")
 SECONDS = 300  # most that one launch may take on a busy machine
@@ -138,9 +138,9 @@ def results(workdir: Path) -> dict[str, Any]:
     return json.loads((workdir / "results.json").read_text(encoding="utf-8"))
 
 
-def assert_refused(run: Ended, *parts: str) -> None:
-    """Exit code 2 and exactly one line on stderr, which holds all parts."""
-    assert run.code == 2, run
+def assert_refused(run: Ended, *parts: str, code: int = errors.REFUSED) -> None:
+    """The exit code and exactly one line on stderr, which holds all parts."""
+    assert run.code == code, run
     assert run.err.startswith("error: ")
     assert run.err.count("\n") == 1, run.err
     for part in parts:

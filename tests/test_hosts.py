@@ -1,18 +1,12 @@
-"""Several real processes as one run: they meet, agree, train what one process trains, and end together."""
+"""Several real processes as one run: they agree and train what one process trains."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +14,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT
-from interruptions import arrays, checkpoints, ended, rows, wait_for
+from interruptions import arrays, checkpoints, rows, wait_for
 from launching import BINARY, CONFIG, Ended, results, write_task
+from processes import address, all_ended, of_pair, said, start
 
 from mora_jax.errors import MoraError
-from mora_jax.runtime import hosts
 from mora_jax.runtime.checkpoint import Checkpoints
 from mora_jax.runtime.distributed import AXES, abstract, make_mesh
 
 STEPS, STOP_AT = 20, 4
-# What the transport of CPU collectives says of itself on stdout: piece by piece and from several threads, so that one
-# line may hold the pieces of two, or none.
-GLOO = re.compile(
-    r"(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+)*"
-)
 SAME_STEPS = {
     "train.steps_per_task": STEPS,
     "train.batch_size": 8,
@@ -45,208 +33,6 @@ SAME_STEPS = {
     "checkpoint.every_steps": 2,
     "log.every_steps": 1,
 }
-
-
-def address() -> str:
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-def start(command: Sequence[str], environment: Mapping[str, str], devices: int = 1) -> subprocess.Popen[str]:
-    """One process with so many fake devices, compiled without optimisation, which takes half as long."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**environment, "XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def all_ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
-    try:
-        return [ended(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def of_pair(number: int, place: str) -> list[str]:
-    return [f"--coordinator={place}", "--processes=2", f"--process={number}"]
-
-
-def said(run: Ended) -> list[str]:
-    return [line for line in run.out.splitlines() if not GLOO.fullmatch(line)]
-
-
-# ---------------------------------------------------------------- what is said of other processes
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--coordinator=a:1"], "--coordinator needs --processes beside it"),
-        (["--process=0", "--processes=2"], "needs --coordinator beside it"),
-        (["--coordinator=a", "--processes=2", "--process=0"], "--coordinator=a is no HOST:PORT"),
-        (["--coordinator=a:1", "--processes=two", "--process=0"], "--processes=two is no whole number"),
-        (["--coordinator=a:1", "--processes=2", "--process=2"], "--process=2 does not lie below --processes=2"),
-    ],
-)
-def test_options_without_a_meaning_are_refused(options, says):
-    given = dict(option.removeprefix("--").split("=") for option in options)
-    with pytest.raises(MoraError, match=says):
-        hosts.from_options(given)
-
-
-@pytest.mark.parametrize(
-    ("environment", "method"),
-    [
-        ({}, None),
-        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1"}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, None),  # a batch script, outside of srun
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-4]"}, "slurm"),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, "ompi"),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),  # a notebook
-    ],
-)
-def test_who_started_this_process_is_known_from_its_environment(environment, method, monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TPU_"))]:
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    found = hosts.from_options({})
-    assert (found and found.method) == method
-
-
-def test_an_open_mpi_that_does_not_say_where_it_began_is_told_what_to_add(monkeypatch):
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(MoraError, match=r"--processes=\$OMPI_COMM_WORLD_SIZE"):
-        hosts.from_options({})
-
-
-# ---------------------------------------------------------------- meeting and losing each other
-
-MEET = """
-import sys
-from mora_jax.runtime import hosts
-hosts.CONNECT_SECONDS, hosts.LOST_SECONDS = 60, 3
-options = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
-hosts.start(hosts.from_options(options))
-import jax
-"""
-GREET = MEET + "print(hosts.gathered({'me': jax.process_index(), 'text': 'x' * (1 + jax.process_index())}))"
-LOSE = (
-    MEET
-    + """
-import os, signal
-from jax.experimental import multihost_utils
-def run(argv):
-    for step in range(1000):
-        if step == 3 and jax.process_index() == WHO:
-            ENDS
-        multihost_utils.process_allgather(jax.numpy.ones(4))
-sys.exit(hosts.exit_code(run, []))
-"""
-)
-
-
-def slurm(number: int) -> tuple[list[str], dict[str, str]]:
-    job = str(20_000 + os.getpid() % 4000)  # decides the port
-    values = {"JOB_ID": job, "STEP_NODELIST": "127.0.0.1", "NTASKS": "2", "PROCID": str(number), "LOCALID": "0"}
-    return [], {f"SLURM_{name}": value for name, value in values.items()}
-
-
-def open_mpi(number: int) -> tuple[list[str], dict[str, str]]:
-    job = (6000 + os.getpid() % 2000) * 4096  # decides the port
-    size = {"SIZE": "2", "RANK": str(number), "LOCAL_RANK": "0"}
-    names = {f"OMPI_COMM_WORLD_{name}": value for name, value in size.items()}
-    return [], names | {"OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:34911"}
-
-
-@pytest.mark.parametrize("started_by", [slurm, open_mpi])
-def test_processes_of_a_launcher_meet_and_hear_each_other(started_by, environment):
-    processes = []
-    for number in range(2):
-        options, variables = started_by(number)
-        processes.append(start([sys.executable, "-c", GREET, *options], environment | variables))
-    for run in all_ended(processes):
-        assert run.code == 0, run.err
-        assert said(run) == ["[{'me': 0, 'text': 'x'}, {'me': 1, 'text': 'xx'}]"]
-
-
-POD = """
-import os
-from jax._src.clusters import cloud_tpu_cluster
-from mora_jax.runtime import hosts
-cloud_tpu_cluster.running_in_cloud_tpu_vm = hosts._in_pod = lambda *_: True
-hosts.start(hosts.from_options({}))
-import jax
-print(hosts.gathered(jax.process_index()))
-"""
-
-
-def test_workers_of_a_tpu_pod_meet_as_jax_finds_them(environment):
-    port = address().rpartition(":")[2]
-    # What Kubernetes tells each worker; the last three keep JAX from asking Google's metadata server.
-    pod = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "JAX_COORDINATOR_PORT": port}
-    pod |= {"MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
-    each = [environment | pod | {"TPU_WORKER_ID": str(i)} for i in range(2)]
-    for run in all_ended([start([sys.executable, "-c", POD], variables) for variables in each]):
-        assert run.code == 0, run.err
-        assert said(run) == ["[0, 1]"]
-
-
-def test_a_taken_port_is_told_in_one_line(environment):
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        place = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(MoraError, match=rf"--coordinator={place}: port \d+ of this host cannot be had"):
-            hosts.start(hosts.from_options({"coordinator": place, "processes": "2", "process": "0"}))
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_process_that_meets_nobody_says_where_it_waited(number, environment):
-    place = address()
-    alone = GREET.replace("CONNECT_SECONDS, hosts.LOST_SECONDS = 60", "CONNECT_SECONDS, hosts.LOST_SECONDS = 2")
-    (run,) = all_ended([start([sys.executable, "-c", alone, *of_pair(number, place)], environment)])
-    assert run.code == 2
-    assert run.err.count("\n") == 1, run.err
-    assert f"within 2 s at --coordinator={place}" in run.err
-
-
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_ends_the_others(lost, environment):
-    place, began = address(), time.monotonic()
-    program = LOSE.replace("WHO", str(lost)).replace("ENDS", "os._exit(9)")
-    pair = [start([sys.executable, "-c", program, *of_pair(number, place)], environment) for number in range(2)]
-    runs = all_ended(pair)
-    kept = runs.pop(1 - lost)
-    assert runs[0].code == 9
-    assert kept.code not in (0, None)
-    assert "error" in kept.err.lower()
-    assert time.monotonic() - began < 60
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_frozen_process_ends_the_others_in_a_minute(lost, environment):
-    program = LOSE.replace("WHO", str(lost)).replace("ENDS", "os.kill(os.getpid(), signal.SIGSTOP)")
-    program = program.replace("hosts.CONNECT_SECONDS, hosts.LOST_SECONDS = 60, 3", f"print({hosts.LOST_SECONDS})")
-    place = address()
-    pair = [start([sys.executable, "-c", program, *of_pair(number, place)], environment) for number in range(2)]
-    try:
-        frozen = Path(f"/proc/{pair[lost].pid}/stat")
-        wait_for(pair[1 - lost], lambda: frozen.read_text().rpartition(")")[2].split()[0] == "T")
-        began = time.monotonic()
-        kept = ended(pair[1 - lost])
-    finally:
-        for process in pair:
-            process.kill()
-            process.communicate()
-    assert kept.code not in (0, None)
-    assert time.monotonic() - began < 60
 
 
 # ---------------------------------------------------------------- the train binary

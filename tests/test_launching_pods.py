@@ -20,16 +20,25 @@ from conftest import ROOT
 from launching import Ended
 
 from mora_jax import config as configs
+from mora_jax import errors
 from mora_jax.planning import topologies
 
 LAUNCH = ROOT / "experiments" / "launch"
 TRAIN = ["--config=configs/llm_cl.py:smoke", "--workdir=gs://bucket/a run", "--config.benchmark.tasks=a,b"]
 SECONDS = 60
+CARRIED = ("PYTHON", "MORA_JAX_CACHE", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "HF_TOKEN")  # to the workers
+# What a worker is told to do with the copy.
+UNPACK = r"""for pid in mora_jax/launches/*/pid; do state=${pid%/pid}
+    if [ -s "$pid" ] && [ ! -s "$state/code" ] && grep -qs "launch.sh\|mora_jax" "/proc/$(cat "$pid")/cmdline"
+    then rm mora_jax.tgz; echo "$run busy ${state##*/}"; exit 75; fi
+done
+rm -f mora_jax/.hf_token; mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax; code=$?; rm mora_jax.tgz; exit $code
+""".strip()
 
 # gcloud: writes down every call and does to the folders workers/0, workers/1 ... what it would do to workers. BREAK
 # names the one whose connection breaks once, LOSE the one that is never reached.
 GCLOUD = f"""#!{sys.executable} -S
-import json, os, shutil, subprocess, sys, time
+import json, os, shutil, subprocess, sys, tarfile, time
 words, here = sys.argv[1:], os.environ["FAKE"]
 with open(f"{{here}}/calls", "a") as calls:
     calls.write(json.dumps(words) + "\\n")
@@ -43,10 +52,14 @@ elif words[3] == "scp":
     for home in homes:
         os.makedirs(home, exist_ok=True)
         shutil.copy(words[4], f"{{home}}/{{words[5].partition(':')[2]}}")
+    if "HF_TOKEN" in os.environ:
+        with open(f"{{here}}/modes", "w") as modes, tarfile.open(words[4]) as archive:
+            print(oct(os.stat(words[4]).st_mode & 0o777), oct(archive.getmember(".hf_token").mode), file=modes)
 elif words[3] == "ssh":
     command = next(w for w in words if w.startswith("--command=")).partition("=")[2]
     def connect(i):
-        return subprocess.Popen(["bash", "-c", command], cwd=homes[i], env=os.environ | {{"WORKER": str(i)}})
+        there = {{k: v for k, v in os.environ.items() if k not in {CARRIED}}}
+        return subprocess.Popen(["bash", "-c", command], cwd=homes[i], env=there | {{"WORKER": str(i)}})
     training = "tpu_worker" in command
     reached = [i for i in range(count) if not (training and os.environ.get("LOSE") == str(i))]
     connected = {{i: connect(i) for i in reached}}
@@ -68,6 +81,7 @@ case "$1 $2" in
     "-m mora_jax.train")
         trap 'echo "worker $WORKER saved"; kill $!; exit 0' TERM
         printf '%s\\n' "$MORA_JAX_PLATFORM" "${@:3}" >>trained
+        printf '%s\\n' "${PYTHON:-}" "${XLA_FLAGS:-}" "${HF_TOKEN:-}" >>carried
         echo "worker $WORKER trains"
         if [[ -n ${WAIT:-} ]]; then sleep 30 & wait; fi
         sleep 0.5
@@ -93,7 +107,8 @@ def pod(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(*words: str, **variables: str) -> subprocess.Popen:
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "FAKE": str(tmp_path), "WORKERS": "2"} | variables
+        environment = {k: v for k, v in os.environ.items() if k not in CARRIED}
+        environment |= {"PATH": path, "FAKE": str(tmp_path), "WORKERS": "2"} | variables
         command = ["bash", str(ROOT / "launch.sh"), "tpu", *words]
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
@@ -127,11 +142,12 @@ def test_a_pod_gets_the_tree_and_every_worker_trains(pod, tmp_path: Path):
     compute, zone = ["compute", "tpus", "tpu-vm"], "--zone=us-west4-a"
     assert described == [*compute, "describe", "pod", "--format=value(networkEndpoints[].ipAddress)", zone]
     assert copied == [*compute, "scp", copied[4], "pod:mora_jax.tgz", "--worker=all", zone]
-    unpack = "--command=mkdir -p mora_jax && tar -xzf mora_jax.tgz -C mora_jax"
+    name = next(tmp_path.glob("workers/0/mora_jax/launches/*")).name
+    unpack = f"--command=run={name}; {UNPACK}"
     assert unpacked == [*compute, "ssh", "pod", "--worker=all", unpack, zone]
     assert started == [*compute, "ssh", "pod", "--worker=all", started[6], zone]
-    bash, script, name, *rest = shlex.split(started[6].removeprefix("--command="))
-    assert (bash, script, rest) == ("bash", "mora_jax/experiments/launch/tpu_worker.sh", TRAIN)
+    words = ["bash", "mora_jax/experiments/launch/tpu_worker.sh", name, *TRAIN]
+    assert shlex.split(started[6].removeprefix("--command=")) == words
     for worker in range(2):
         assert trained(tmp_path, worker) == ["tpu", *TRAIN]
         there = tmp_path / "workers" / str(worker) / "mora_jax"
@@ -141,6 +157,21 @@ def test_a_pod_gets_the_tree_and_every_worker_trains(pod, tmp_path: Path):
     assert "worker 0 trains" in run.out
     assert "worker 1" not in run.out  # its output stays there
     assert not Path(copied[4]).exists()  # nothing is left here
+
+
+def test_the_workers_get_the_variables_of_the_shell_and_the_token_through_a_file(pod, tmp_path: Path):
+    flags, token = "--xla_a=1 --xla_b='x y'", "hf_secret"
+    run = ended(pod("pod", "z", "--", *TRAIN, PYTHON="python3.13", XLA_FLAGS=flags, HF_TOKEN=token))
+    assert run.code == 0, run
+    command = calls(tmp_path)[3][6].removeprefix("--command=")
+    assert shlex.split(command)[:3] == ["PYTHON=python3.13", f"XLA_FLAGS={flags}", "bash"]
+    assert token not in (tmp_path / "calls").read_text() + run.out + run.err
+    for worker in range(2):
+        home = tmp_path / "workers" / str(worker)
+        assert (home / "mora_jax" / "carried").read_text().splitlines() == ["python3.13", flags, token]
+        assert not (home / "mora_jax.tgz").exists()
+        assert not (home / "mora_jax" / ".hf_token").exists()
+    assert (tmp_path / "modes").read_text().split() == ["0o600", "0o600"]  # of the archive and of the token in it
 
 
 @pytest.mark.parametrize("worker", [0, 1])
@@ -177,6 +208,38 @@ def test_a_signal_makes_all_workers_save(pod, tmp_path: Path):
     assert "worker 1 saved" in (tmp_path / f"workers/1/mora_jax/launches/{name}/log").read_text()
 
 
+def test_a_pod_whose_run_goes_on_is_refused_before_its_code_is_written_over(pod, tmp_path: Path):
+    """As when the machine that started it was shut, and the same command is given again."""
+    process = pod("pod", "z", "--", *TRAIN, WAIT="1")
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until and len(list(tmp_path.glob("workers/*/mora_jax/trained"))) < 2:
+        time.sleep(0.1)
+    process.kill()
+    kept = tmp_path / "workers/0/mora_jax/README.md"
+    kept.write_text("as it was")
+    run = ended(pod("pod", "z", "--", *TRAIN))
+    name = next(tmp_path.glob("workers/0/mora_jax/launches/*")).name
+    there = "gcloud compute tpus tpu-vm ssh pod --zone=z --worker"
+    stop = f"kill $(cat mora_jax/launches/{name}/pid)"
+    assert run.code == 2, run
+    assert run.err.splitlines()[-1] == (
+        f"launch.sh: {name} still runs on pod. Look at it: {there}=0 --command='tail -f mora_jax/launches/{name}/log'; "
+        f"make it save and end: {there}=all --command='{stop}'"
+    )
+    assert kept.read_text() == "as it was"
+    for worker in range(2):
+        home = tmp_path / "workers" / str(worker)
+        subprocess.run(["bash", "-c", stop], cwd=home, check=True)
+        while time.monotonic() < until and not (home / "mora_jax/launches" / name / "code").exists():
+            time.sleep(0.1)
+        assert f"worker {worker} saved" in (home / "mora_jax/launches" / name / "log").read_text()
+    process.communicate(timeout=SECONDS)  # what the killed one had started ends with the run
+    (tmp_path / f"workers/0/mora_jax/launches/{name}/code").unlink()  # as a restart of the host leaves it
+    again = ended(pod("pod", "z", "--", *TRAIN))
+    assert again.code == 0, again
+    assert kept.read_bytes() == (ROOT / "README.md").read_bytes()
+
+
 @pytest.mark.parametrize("words", [(), ("pod", "z"), ("pod", "z", "--"), ("pod", "z", *TRAIN)])
 def test_a_command_line_without_its_parts_is_refused(words, pod, tmp_path: Path):
     run = ended(pod(*words))
@@ -197,7 +260,7 @@ def test_an_unknown_pod_is_refused_before_anything_is_copied(pod, tmp_path: Path
 
 
 def test_a_stopped_run_asks_to_be_started_again(environment, tmp_path: Path, smoke):
-    """75 after a SIGTERM, where the train binary itself says 0."""
+    """AGAIN after a SIGTERM, where the train binary itself says 0."""
     command = [sys.executable, str(LAUNCH / "train_to_end.py"), *smoke("smoke,benchmark=folder,method=inc_lora")]
     command += ["--config.train.steps_per_task=300"]
     process = subprocess.Popen(command, env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
@@ -205,7 +268,7 @@ def test_a_stopped_run_asks_to_be_started_again(environment, tmp_path: Path, smo
     while time.monotonic() < until and not (tmp_path / "w" / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=SECONDS) == 75
+    assert process.wait(timeout=SECONDS) == errors.AGAIN
 
 
 # ---------------------------------------------------------------- SLURM
@@ -214,14 +277,25 @@ SRUN = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"$FAKE/srun.said"\nexit "$CODE
 SCONTROL = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"$FAKE/scontrol.said"\n'
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (2, False), (137, False)])
-def test_slurm_starts_one_process_per_gpu_and_queues_a_stopped_job_again(code, again, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [
+        (0, None, False),
+        (errors.AGAIN, None, True),
+        (errors.LOST, "19", True),
+        (errors.AGAIN, "20", False),
+        (errors.REFUSED, None, False),
+        (137, None, False),
+    ],
+)
+def test_slurm_starts_one_process_per_gpu_and_queues_a_job_that_may_go_on_again(code, restarts, again, tmp_path: Path):
     stand_in(tmp_path, "srun", SRUN)
     stand_in(tmp_path, "scontrol", SCONTROL)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     stand_in(tmp_path / ".venv" / "bin", "python", "")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "CODE": str(code)}
     environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17"}
+    environment |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
     job = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *TRAIN], env=environment, check=False)
     assert job.returncode == code
     program = [".venv/bin/python", "experiments/launch/train_to_end.py"]
@@ -308,7 +382,9 @@ def test_the_jobset_has_the_fields_of_the_api_and_one_process_per_host():
     assert job["parallelism"] == job["completions"] == math.ceil(slice_of.devices / chips)
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert (ROOT / container["command"][1]).is_file()
-    fails = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
-    assert (fails["containerName"], fails["values"]) == (container["name"], [2])
+    (rule,) = job["podFailurePolicy"]["rules"]
+    fails = rule["onExitCodes"]
+    assert (rule["action"], fails["operator"], fails["containerName"]) == ("FailJob", "In", container["name"])
+    assert fails["values"] == [errors.REFUSED]  # after every other code the JobSet starts again
     options, overrides = configs.split(container["args"], ("config", "workdir", "config.KEY"))
     assert configs.load(options["config"], overrides).benchmark.name == "trace"  # a config that exists, with its keys

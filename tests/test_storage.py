@@ -11,7 +11,7 @@ import pytest
 from bucket import Files
 from launching import Ended, assert_refused
 
-from mora_jax import report
+from mora_jax import errors, report
 from mora_jax.adapter import from_workdir
 from mora_jax.errors import MoraError
 from mora_jax.runtime import storage
@@ -84,7 +84,7 @@ def test_an_owner_that_slept_too_long_ends_and_leaves_the_lock_alone(bucket: str
     with storage.locked(workdir):
         storage.write_text(workdir / storage.LOCK, other)
         time.sleep(3 * storage.LEASE)
-    assert codes == [2]
+    assert codes == [errors.AGAIN]
     assert (workdir / storage.LOCK).read_text() == other
     assert "was taken over by process 7 on there" in capfd.readouterr().err
 

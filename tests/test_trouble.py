@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,12 +10,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from launching import Ended, assert_refused, results
+
+from mora_jax import errors
+from mora_jax.errors import MoraError
+from mora_jax.runtime import hosts
+from mora_jax.runtime.checkpoint import Checkpoints
 
 # --- trouble on the way -----------------------------------------------------------------------------------------------
 
@@ -76,6 +83,42 @@ def test_file_or_folder_in_the_way_is_named(
     assert_refused(main(*smoke("smoke,benchmark=folder,method=zero_shot")), name)
 
 
+@pytest.mark.parametrize(
+    ("problem", "code"),
+    [
+        (MoraError("unknown thing"), errors.REFUSED),
+        (MoraError("no answer", errors.AGAIN), errors.AGAIN),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "prompts.txt"), errors.REFUSED),
+        (OSError(errno.ENOSPC, "No space left on device"), errors.AGAIN),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), errors.AGAIN),
+    ],
+)
+def test_trouble_that_may_be_over_has_another_exit_code_than_bad_input(
+    problem: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argv: Sequence[str]) -> None:
+        raise problem
+
+    assert errors.exit_code(run, []) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("several", "raised"), [(False, MoraError), (True, jax.errors.JaxRuntimeError)])
+def test_a_checkpoint_that_cannot_be_written_is_trouble_and_a_lost_process_is_not_hidden(
+    several: bool, raised: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def lost() -> None:
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: another task died")
+
+    monkeypatch.setattr(hosts, "several", lambda: several)
+    monkeypatch.setattr(hosts, "first", lambda: True)
+    monkeypatch.setattr(hosts, "wait", lost)
+    with pytest.raises(raised, match="another task died") as caught:
+        Checkpoints(tmp_path, 1).save({"x": np.ones(1)}, {"step": 1, "task": 0, "phase": "training"})
+    assert getattr(caught.value, "code", errors.LOST) == (errors.LOST if several else errors.AGAIN)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[str], Path]]:
     """Mounts a small file system with the given options, or changes those of the one there is; skips where it cannot.
@@ -106,7 +149,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_with_more_room(
     workdir = small_disk("size=300k") / "w"
     argv = smoke(workdir=workdir, log__every_steps=1)
     full = binary(*argv)
-    assert full.code == 2, full
+    assert full.code == errors.AGAIN, full
     assert re.search("No space left on device|free", full.err)
     saved = sorted(path.parent.name for path in workdir.glob("checkpoints/*/MANIFEST.json"))
     small_disk("size=8m")
@@ -114,7 +157,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_with_more_room(
     assert again.code == 0, again.err
     assert not saved or f"at step {int(saved[-1][:8])}: " in again.out
     assert results(workdir)["complete"] is True
-    assert_refused(full)
+    assert_refused(full, code=errors.AGAIN)
     assert len(full.err) < 600
 
 
@@ -145,7 +188,7 @@ def test_file_that_cannot_grow_is_one_line(
     """The same as a full disk, without root: the operating system limits the size of a file."""
     command = [sys.executable, "-c", LIMITED, sys.executable, "-m", "mora_jax.train"]
     run = binary(*smoke("smoke,benchmark=folder,method=zero_shot"), command=command, variables=NO_CACHE)
-    assert run.code == 2, run
+    assert run.code == errors.AGAIN, run
     assert run.err.splitlines()[-1].startswith("error: ")
     assert "File too large" in run.err
     assert not list((tmp_path / "w").glob("checkpoints/*/MANIFEST.json"))

@@ -13,6 +13,11 @@ worker=$(curl -sf -H 'Metadata-Flavor: Google' "$metadata/agent-worker-number") 
 
 mkdir -p launches
 if mkdir "$state" 2>/dev/null; then
+    if [[ -e .hf_token ]]; then
+        HF_TOKEN=$(<.hf_token)
+        export HF_TOKEN
+        rm .hf_token
+    fi
     # shellcheck disable=SC2016  # expanded by the inner shell
     MORA_JAX_PLATFORM=tpu setsid bash -c 'bash launch.sh "$@" & echo $! >"$0/pid"; wait $!; echo $? >"$0/code"' \
         "$state" "$@" >"$state/log" 2>&1 </dev/null &

@@ -1,4 +1,4 @@
-"""The train binary for schedulers that start a job again: exit code 75 where the run was stopped before its end.
+"""The train binary for schedulers that start a job again: AGAIN (75) too where the run was stopped before its end.
 
     python experiments/launch/train_to_end.py --config=... --workdir=...
 
@@ -7,17 +7,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
-from mora_jax import train
+from mora_jax import errors, train
 from mora_jax.runtime import hosts
 from mora_jax.runtime.progress import Stopped
 
 
 def main() -> int:
-    """0 at the end of the stream, 75 (EX_TEMPFAIL) after a stop with the state saved, else as the train binary."""
+    """0 at the end of the stream, AGAIN after a stop with the state saved, else as the train binary."""
     stopped = False
 
     def run(argv: Sequence[str]) -> None:
@@ -27,7 +26,7 @@ def main() -> int:
         except Stopped:
             stopped = True
 
-    return hosts.exit_code(run, sys.argv[1:]) or (os.EX_TEMPFAIL if stopped else 0)
+    return hosts.exit_code(run, sys.argv[1:]) or (errors.AGAIN if stopped else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Checkpoints that survive: orbax for the arrays, a manifest of SHA-256 sums written last, restore newest first.
 
 A checkpoint is a folder `checkpoints/<global step>-<phase>` with `arrays/` (orbax), `meta.json` and `MANIFEST.json`.
+What is found out after it and changes no arrays, entries of a row of R, goes into `row.json` in the workdir meanwhile.
 Orbax notices a missing file but restores a flipped byte silently; the manifest does not. A folder without a manifest
 was never finished and counts as absent.
 """
@@ -22,11 +23,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mora_jax import errors
 from mora_jax.errors import MoraError
 from mora_jax.runtime import hosts, storage
 from mora_jax.runtime.writers import write_json
 
 MANIFEST = "MANIFEST.json"
+ROW = "row.json"
 
 
 def _name(step: int, task: int, phase: str) -> str:
@@ -69,6 +72,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int):
         self.folder = workdir / "checkpoints"
         self.keep = keep
+        self.newest: str | None = None  # saved or restored
         self._orbax = ocp.StandardCheckpointer()
         absl.logging.set_verbosity(absl.logging.FATAL)  # a failed save is told in one line, below; orbax logs pages
 
@@ -77,7 +81,10 @@ class Checkpoints:
         return sorted((p.parent for p in self.folder.glob(f"*/{MANIFEST}")), reverse=True)
 
     def save(self, arrays: Any, meta: dict[str, Any]) -> Path:
-        """Writes a checkpoint; `meta` holds at least step (global), task and phase. Raises MoraError if it cannot."""
+        """Writes a checkpoint; `meta` holds at least step (global), task and phase.
+
+        Raises MoraError if it cannot; where another process is lost, what JAX says of that.
+        """
         folder = self.folder / _name(meta["step"], meta["task"], meta["phase"])
         try:
             if hosts.first():
@@ -95,13 +102,43 @@ class Checkpoints:
         except Exception as problem:  # orbax and tensorstore have no common error for a full or read-only disk
             with contextlib.suppress(OSError):
                 storage.remove_folder(folder)
+            if hosts.several() and isinstance(problem, jax.errors.JaxRuntimeError):
+                raise
             reason = str(problem).strip()[-200:]  # what the operating system said stands last
             raise MoraError(
-                f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are untouched"
+                f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are untouched",
+                errors.code_of(problem),
             ) from problem
+        self.newest = folder.name
         if hosts.first():
             self._thin(meta)
+            self._row.unlink(missing_ok=True)
         return folder
+
+    def note(self, run: str, row: Any) -> None:
+        """Keeps a JSON value beside the newest checkpoint of `run`, or where it has none yet, until the next save."""
+        write_json(self._row, {"row": row, "sum": self._row_sum(run, row)})
+
+    def noted(self, run: str) -> Any:
+        """What `note` kept beside the checkpoint that was restored, the same on all processes; None without.
+
+        What belongs to another checkpoint or run, or is damaged, is passed over.
+        """
+        found = None
+        with hosts.together():
+            if hosts.first():
+                with contextlib.suppress(FileNotFoundError, ValueError):
+                    found = json.loads(self._row.read_text())
+        found = hosts.gathered(found)[0]
+        intact = isinstance(found, dict) and found.get("sum") == self._row_sum(run, found.get("row"))
+        return found["row"] if intact else None
+
+    @property
+    def _row(self) -> Path:
+        return self.folder.parent / ROW
+
+    def _row_sum(self, run: str, row: Any) -> str:
+        return hashlib.sha256(json.dumps([self.newest, run, row], sort_keys=True).encode()).hexdigest()
 
     def restore(self, target: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any] | None:
         """(meta, arrays) of the newest intact checkpoint, or None if there is none; `target(meta)` gives shapes.
@@ -119,6 +156,7 @@ class Checkpoints:
         if found is None:
             return None
         name, meta = found
+        self.newest = name
         return meta, self._orbax.restore(storage.absolute(self.folder / name) / "arrays", target(meta))
 
     def read(self, wanted: Callable[[int, str], bool] = lambda task, phase: True) -> tuple[dict[str, Any], Any] | None:

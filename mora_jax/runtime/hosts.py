@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv  # no public name finds an address without binding its port
 from jax.experimental import multihost_utils
 
 from mora_jax import errors
@@ -33,7 +34,7 @@ OPTIONS = ("coordinator", "processes", "process")
 
 class Cluster(NamedTuple):
     """How the processes find each other: `method` is JAX's name of it, None where JAX is to look itself; the rest is
-    for `deactivate`, the explicit one.
+    given for `deactivate`, the explicit one, and found by `start` for the others.
 
     `place` says in an error where the coordinator was looked for.
     """
@@ -56,8 +57,9 @@ def from_options(options: Mapping[str, str]) -> Cluster | None:
     usage = "legal: --coordinator=HOST:PORT --processes=N --process=I with 0 <= I < N, all three"
     if missing := [name for name in OPTIONS if name not in given]:
         raise MoraError(f"--{next(iter(given))} needs --{missing[0]} beside it; {usage}")
-    if not re.fullmatch(r".+:\d{1,5}", given["coordinator"]):
-        raise MoraError(f"--coordinator={given['coordinator']} is no HOST:PORT; {usage}")
+    port = re.fullmatch(r".+:(\d{1,5})", given["coordinator"])
+    if not port or not 1 <= int(port[1]) <= 65535:
+        raise MoraError(f"--coordinator={given['coordinator']} is no HOST:PORT with 1 <= PORT <= 65535; {usage}")
     for name in OPTIONS[1:]:
         if not given[name].isdecimal():
             raise MoraError(f"--{name}={given[name]} is no whole number; {usage}")
@@ -104,8 +106,6 @@ def start(cluster: Cluster | None) -> None:
     if cluster is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if cluster.coordinator and cluster.process == 0:
-        _check_free(cluster)
 
     def give_up() -> None:
         print(
@@ -113,12 +113,15 @@ def start(cluster: Cluster | None) -> None:
             f"{cluster.place}; start all of them, and check that every host reaches that address",
             file=sys.stderr,
         )
-        end(2)
+        end(errors.AGAIN)
 
     watch = threading.Timer(CONNECT_SECONDS, give_up)
     watch.daemon = True
     watch.start()
     try:
+        cluster = _located(cluster)
+        if cluster.coordinator and cluster.process == 0:
+            _check_free(cluster)
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.processes,
@@ -132,10 +135,22 @@ def start(cluster: Cluster | None) -> None:
         told = str(problem) or repr(problem)
         alone = "; for one process alone: --coordinator=localhost:1 --processes=1 --process=0"
         raise MoraError(
-            f"the processes cannot meet at {cluster.place}: {told}{'' if cluster.method else alone}"
+            f"the processes cannot meet at {cluster.place}: {told}{'' if cluster.method else alone}",
+            errors.AGAIN if isinstance(problem, RuntimeError) else errors.REFUSED,
         ) from problem
     finally:
         watch.cancel()
+
+
+def _located(cluster: Cluster) -> Cluster:
+    """With the coordinator's address, the number of processes and that of this one, as `initialize` would find them."""
+    if cluster.method == "deactivate":
+        return cluster
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        address, None, None, None, cluster.method, 2 * CONNECT_SECONDS
+    )
+    return cluster._replace(**dict(zip(OPTIONS, found, strict=False)))
 
 
 def _check_free(cluster: Cluster) -> None:
@@ -192,12 +207,13 @@ def together() -> Iterator[dict[str, Any]]:
         if problem:
             raise problem
         return
-    told = gathered({"host": socket.gethostname(), "problem": problem and str(problem), "facts": facts})
+    own = {"problem": problem and str(problem), "code": problem and errors.code_of(problem)}
+    told = gathered({"host": socket.gethostname(), **own, "facts": facts})
     if problem:
         raise problem
     for number, other in enumerate(told):
         if other["problem"]:
-            raise MoraError(f"process {number} ({other['host']}) has stopped: {other['problem']}")
+            raise MoraError(f"process {number} ({other['host']}) has stopped: {other['problem']}", other["code"])
     reference = told[0]["facts"]
     for number, other in enumerate(told):
         keys = sorted(reference.keys() | other["facts"].keys())
@@ -214,7 +230,7 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """`errors.exit_code` for a binary that may be one of several processes.
 
     They end together. After an error a process leaves at once, and the others notice that within LOST_SECONDS; what it
-    sees of that itself, a computation that fails, is an error too (3).
+    sees of that itself, a computation that fails, is an error too (LOST).
     """
     try:
         code = errors.exit_code(run, argv)
@@ -225,7 +241,7 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
             raise
         reason = str(problem).splitlines()[0]
         print(f"error: a computation of all processes failed, another one may be lost: {reason}", file=sys.stderr)
-        code = 3
+        code = errors.LOST
     if several():
         if code:
             if first():  # the coordination service goes with this process, and then the others abort in mid-sentence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from jax.experimental import multihost_utils
 from mora_jax.metrics import continual
 from mora_jax.runtime import hosts
 from mora_jax.runtime.family import GateCounts
+
+EVALUATED = ("zero_shot", "zero_shot_lenient", "truncated", "skipped", "wall_seconds")  # what evaluations change
 
 
 @dataclasses.dataclass
@@ -42,6 +44,19 @@ class Progress:
         for matrix in (self.R, self.gates):
             matrix.extend([None] * tasks for _ in range(tasks - len(matrix)))
         self.task_seconds.extend([0.0] * (tasks - len(self.task_seconds)))
+
+    def row(self) -> dict[str, Any]:
+        """What has changed since the task was trained: the zero-shot row, and that of the task."""
+        row = {"R": self.R[self.task], "gates": self.gates[self.task]} if self.task >= 0 else {}
+        return row | {name: getattr(self, name) for name in EVALUATED}
+
+    def with_row(self, row: Mapping[str, Any] | None) -> Progress:
+        """This, with what `row()` gave later in the same task, if anything."""
+        for name in EVALUATED if row else ():
+            setattr(self, name, row[name])
+        if row and self.task >= 0:
+            self.R[self.task], self.gates[self.task] = row["R"], row["gates"]
+        return self
 
     def skip(self, task: str, split: str, sources: Iterable[str]) -> None:
         """Notes records that could not be read; a resumed run meets some of them again."""
@@ -110,4 +125,4 @@ class StopSignals:
 
 
 class Stopped(Exception):
-    """The run was asked to stop and everything worth keeping is saved."""
+    """The run was asked to stop, and every step and every entry of R that it has is saved."""

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from etils import epath
 
+from mora_jax import errors
 from mora_jax.errors import MoraError
 from mora_jax.runtime import hosts
 
@@ -157,7 +158,7 @@ def _leased(workdir: Path) -> Iterator[None]:
                 now = _content(lock)
                 if now is not None and own["token"] not in now:  # after a pause longer than the lease
                     print(f"error: --workdir={workdir} was taken over by {_owner(now)}; this run ends", file=sys.stderr)
-                    return hosts.end(2)
+                    return hosts.end(errors.AGAIN)
                 write_text(lock, json.dumps(own | {"turn": turn}))
             # Clients of buckets raise errors of many kinds; the next turn tries again, and the lease lasts for several.
             except Exception as problem:
