@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv  # no public name finds an address without binding its port
 from jax.experimental import multihost_utils
 
 from mora_jax import errors
@@ -146,6 +145,9 @@ def _located(cluster: Cluster) -> Cluster:
     """With the coordinator's address, the number of processes and that of this one, as `initialize` would find them."""
     if cluster.method == "deactivate":
         return cluster
+    # No public name finds an address without binding its port. Here, so that another jax can be imported without it.
+    from jax._src.clusters import ClusterEnv
+
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     found = ClusterEnv.auto_detect_unset_distributed_params(
         address, None, None, None, cluster.method, 2 * CONNECT_SECONDS
