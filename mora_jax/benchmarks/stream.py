@@ -144,7 +144,8 @@ class Task:
 class Benchmark(Protocol):
     """What a benchmark's module offers. `root` is the folder of its files, empty where it needs none.
 
-    It may also have `ORDERS`, a mapping from the name of a published order to its tasks: a name for several at once.
+    It may also have `ORDERS`, a mapping from the name of a published order to its tasks: a name for several at once;
+    and `LABEL_SPACE`, the `eval.label_space` of its protocol where that is not `joint`.
     """
 
     def task_names(self, root: str) -> tuple[str, ...]:
@@ -184,6 +185,11 @@ def _benchmark(name: str) -> Benchmark:
 def task_names(name: str, root: str) -> tuple[str, ...]:
     """The tasks of a benchmark in its own order; MoraError for an unknown benchmark or a bad root."""
     return _benchmark(name).task_names(root)
+
+
+def label_space(name: str) -> str:
+    """What a benchmark compares pictures with by its protocol: `joint` or `own`; MoraError for an unknown benchmark."""
+    return getattr(_benchmark(name), "LABEL_SPACE", "joint")
 
 
 def load(name: str, root: str, tasks: Sequence[str], *, metrics: Mapping[str, str], split_seed: int) -> list[Task]:
