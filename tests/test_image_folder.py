@@ -198,6 +198,14 @@ def test_half_prepared_folders_are_named(change: Callable[[Path], None], message
         load(root)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such name")
+def test_a_file_name_that_no_result_could_hold_is_told(root: Path) -> None:
+    folder = root / "colours" / "train" / "red"
+    (folder / "0.png").rename(folder / os.fsdecode(b"\xff.png"))
+    with pytest.raises(MoraError, match=r"train: the name 'colours/train/red/\\udcff.png' is not UTF-8.*; rename it"):
+        load(root)
+
+
 def test_roots_without_tasks(tmp_path: Path) -> None:
     for root, message in (
         ("", "benchmark.root is empty"),

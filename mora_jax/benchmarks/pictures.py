@@ -58,6 +58,13 @@ class PictureTask(Task):
         known = set(self.classes)
         for split, pictures in self.splits.items():
             for picture in pictures:
+                try:
+                    picture.source.encode()
+                except UnicodeEncodeError:
+                    raise MoraError(
+                        f"task {self.name!r}, {split}: the name {picture.source!a} is not UTF-8, as the files of a run "
+                        "are; rename it"
+                    ) from None
                 if picture.answer not in known:
                     raise MoraError(
                         f"task {self.name!r}, {split}: {picture.source} has the class {picture.answer!r}, "
