@@ -78,6 +78,7 @@ class Run:
             self.sites,
             frozen_parameters=count_parameters(quantised.plain(self.family.params)),
             chance=[self.family.chance(task) for task in self.tasks],
+            prompt_tokens=[self.family.prompt_tokens(task) for task in self.tasks],
             fingerprint=configs.digest({"config": self.fingerprint, "stream": self.stream_record()}),
             command=command,
             workdir=workdir,

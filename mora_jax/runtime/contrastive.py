@@ -155,6 +155,9 @@ class ClipFamily:
     def chance(self, task: PictureTask) -> float:
         return 100.0 / len({self._meaning[i] for i in np.flatnonzero(self._legal(task))})
 
+    def prompt_tokens(self, task: PictureTask) -> None:
+        """Pictures have no prompts."""
+
     @property
     def label_space(self) -> int | None:
         return len(set(self._meaning)) if self.config["eval"]["label_space"] == "joint" else None
