@@ -16,7 +16,7 @@ benchmark=image_folder: any directory <task>/{train,test}/<class>/*.
     Command    python -m mora_jax.train --config=configs/clip_cl.py:benchmark=image_folder,model=clip-vit-b16
                --workdir=runs/folder --config.benchmark.root=DIR
 
-benchmark=xtail: ten domains, 1100 classes in one label space, domain unknown at test (arXiv 2406.18868).
+benchmark=xtail: ten domains, 1100 classes of 1099 texts in one label space, domain unknown at test (arXiv 2406.18868).
     Command    python -m mora_jax.train --config=configs/clip_cl.py:benchmark=xtail --workdir=runs/xtail
                --config.benchmark.root=DIR
     Defaults   published for MoRA (arXiv 2506.21035, github.com/Artificer-AI-Lab/MoRAM): CLIP ViT-B/16, 16 shots drawn
@@ -43,6 +43,7 @@ benchmark=mtil: eleven domains, the domain known at test (arXiv 2303.06628); tas
 """
 
 from configs import common
+from mora_jax.benchmarks import stream
 
 # Published for X-TAIL; tau is read by methods with gates only.
 _PUBLISHED = {
@@ -73,7 +74,6 @@ CLAIMS = {
         "train.learning_rate": 5e-3,
         "train.clip_norm": 1.0,
         "method.temperature": 0.1,
-        "eval.label_space": "own",
     },
     "image_folder": _PUBLISHED,
     "xtail": {**_PUBLISHED, "benchmark.shots": 16, "benchmark.split_seed": 42},
@@ -81,7 +81,6 @@ CLAIMS = {
         **_PUBLISHED,
         "benchmark.shots": 5,
         "benchmark.split_seed": 42,
-        "eval.label_space": "own",
         "method.capacity_bucket": 176,
     },
 }
@@ -95,6 +94,7 @@ def get_config(arg=""):
     if "model" not in words:
         c.model.name = MODEL.get(c.benchmark.name, "clip-vit-b16")
     c.update_from_flattened_dict(CLAIMS.get(c.benchmark.name, _PUBLISHED))
+    c.eval.label_space = stream.label_space(c.benchmark.name)
     if "smoke" in words:
         common.smoke(c, "tiny_clip")
     return c

@@ -340,6 +340,25 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def stream_differences(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`task I KEY: old -> new` for every task that both streams have, and the tasks that `new` lacks.
+
+    Raises MoraError where a task was made by another version of the code (`benchmarks.stream.Task.made`; none said is
+    the first), by which the same data look different.
+    """
+    changed = []
+    for i, (was, now) in enumerate(zip(old, new, strict=False)):
+        if was["epochs"] == now["epochs"] and was.get("made", 1) != now.get("made", 1):
+            raise MoraError(
+                f"another version of mora_jax, which made other batches or another digest of the data of task "
+                f"{was['task']}, has begun this run; go on with that version, or in another --workdir"
+            )
+        changed += differences(*({f"task {i} {key}": value for key, value in row.items()} for row in (was, now)))
+    if gone := [row["task"] for row in old[len(new) :]]:
+        changed.append(f"benchmark.tasks no longer holds {', '.join(gone)}")
+    return changed
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for every key that differs."""
     keys = sorted(set(old) | set(new))

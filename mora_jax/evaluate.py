@@ -15,6 +15,8 @@ from typing import Any
 from mora_jax import config as configs
 from mora_jax import experiment
 from mora_jax.adapter import Adapter
+from mora_jax.benchmarks import stream
+from mora_jax.benchmarks.pictures import PictureTask
 from mora_jax.benchmarks.stream import Task
 from mora_jax.layouts import every_state, open_adapter, task_number
 from mora_jax.runtime import hosts, storage
@@ -31,28 +33,46 @@ python -m mora_jax.evaluate ... --coordinator=HOST:PORT --processes=N --process=
 --task=N evaluates the experts as they stood after task N, counted from 0 in the order of the stream; -1 is the frozen
 model before the first task, all is every one of them; without it, the last task that has been frozen. On the run's
 own tasks those that were not yet taught are left out, as in R, unless --config.eval.future_tasks=true or
---config.benchmark.tasks names them. Another benchmark (--config.benchmark.name or .root) is evaluated whole: with all
-its records and the token limits of its tasks, not those of the run, unless a --config.KEY says them again. FILE is
-evaluate.json in DIR or FOLDER. Of several processes the last form starts one, as for python -m mora_jax.train."""
+--config.benchmark.tasks names them; pictures are compared with the classes of the whole stream all the same where
+eval.label_space=joint. --config.benchmark.root alone says where the run's own data lie by now: its tasks and limits
+stay, and are told. A --config.benchmark.name, even the run's own with another root, is another benchmark: evaluated
+whole, with all its tasks and records, their token limits and its label space, and with no root, unless a --config.KEY
+says them. FILE is evaluate.json in DIR or FOLDER. Of several processes the last form starts one, as for python -m
+mora_jax.train."""
 OPTIONS = ("workdir", "adapter", "task", "output", "config.KEY", *hosts.OPTIONS)
 OTHER_TASKS = ("benchmark.name", "benchmark.root", "benchmark.tasks")
-# What a run chose for its own benchmark: names of its tasks (empty = all), and limits (0 = all records, a task's own).
-OWN_TASKS = ("benchmark.tasks", "benchmark.metrics")
-OWN_LIMITS = (
-    "benchmark.train_limit",
-    "benchmark.eval_limit",
-    "benchmark.shots",
-    "train.max_prompt_tokens",
-    "train.max_answer_tokens",
-    "eval.max_new_tokens",
-)
+# What a run chose for its own benchmark: where it lies and names of its tasks (empty = all), limits of what is taught,
+# limits of what is asked (0 = all records, a task's own). Not `split_seed`: two benchmarks over one set of pictures
+# must draw its splits alike, or one would test what the other has taught.
+OWN_TASKS = ("benchmark.root", "benchmark.tasks", "benchmark.metrics")
+TAUGHT_LIMITS = ("benchmark.train_limit", "benchmark.shots")
+ASKED_LIMITS = ("benchmark.eval_limit", "train.max_prompt_tokens", "train.max_answer_tokens", "eval.max_new_tokens")
 
 
 def other_benchmark(overrides: Mapping[str, str]) -> dict[str, str]:
-    """The overrides; beside those that name another benchmark or other data nothing of the run's own is left."""
-    own = dict.fromkeys(OWN_TASKS, "") if "benchmark.name" in overrides else {}
-    limits = dict.fromkeys(OWN_LIMITS, "0") if {"benchmark.name", "benchmark.root"} & overrides.keys() else {}
-    return own | limits | dict(overrides)
+    """The overrides; beside one that names a benchmark nothing is left of what the run chose for its own."""
+    if "benchmark.name" not in overrides:
+        return dict(overrides)
+    own = dict.fromkeys(OWN_TASKS, "") | dict.fromkeys((*TAUGHT_LIMITS, *ASKED_LIMITS), "0")
+    return own | {"eval.label_space": stream.label_space(overrides["benchmark.name"])} | dict(overrides)
+
+
+def load_tasks(config: Any, named: str | None) -> tuple[list[Task], list[Task]]:
+    """(the tasks to score, those whose classes a picture is compared with).
+
+    The config names the stream, `named` some tasks of it (None = all) or others, which are then compared with as well.
+    """
+    if named is None:
+        tasks = experiment.load_tasks(config)
+        return tasks, tasks
+    of_named = config.copy_and_resolve_references()
+    with of_named.unlocked():
+        of_named.benchmark.tasks = named
+    tasks = experiment.load_tasks(of_named)
+    if config.eval.label_space != "joint" or not isinstance(tasks[0], PictureTask):
+        return tasks, tasks
+    whole = {task.name: task for task in (*experiment.load_tasks(config), *tasks)}
+    return tasks, list(whole.values())
 
 
 def evaluate_row(
@@ -97,16 +117,21 @@ def run(argv: Sequence[str]) -> None:
     overrides, display = other_benchmark(given), Display()
     every = options.get("task") == "all"
     with hosts.together() as facts:
+        named = overrides.pop("benchmark.tasks") if "benchmark.tasks" in given else None
         newest = open_adapter(options, overrides, None if every else task_number(options.get("task")))
         states = every_state(newest, options, overrides) if every else [newest]
         config, own = newest.config, not set(OTHER_TASKS) & given.keys()
-        tasks = experiment.load_tasks(config)
+        tasks, compared = load_tasks(config, named)
         for task in tasks:  # a missing split is known before any work
             task.split(config.eval.split)
         experiment.keep_compiled()
-        mesh, family, sites = experiment.load_family(config, newest.method, tasks)
-        facts |= configs.alike(config) | versions() | {f"data of task {task.name}": task.digest for task in tasks}
+        mesh, family, sites = experiment.load_family(config, newest.method, compared)
+        facts |= configs.alike(config) | versions() | {f"data of task {task.name}": task.digest for task in compared}
         facts |= {"weights": family.identity, "states": [dict(adapter.origin) for adapter in states]}
+        facts |= {"tasks": [task.name for task in tasks]}
+    flat = configs.flatten(config)
+    if limits := [f"{key}={flat[key]}" for key in ASKED_LIMITS if flat[key]]:
+        display.say(f"limits: {', '.join(limits)}")
     rows = []
     for adapter in states:
         bank = adapter.variables(mesh, sites, family.identity)
@@ -117,6 +142,8 @@ def run(argv: Sequence[str]) -> None:
         "benchmark": config.benchmark.name,
         "tasks": [task.name for task in tasks],
         "metric": [task.metric for task in tasks],
+        "label_space": family.label_space,
+        "chance": rounded(family.chance(task) for task in tasks),
         "taught": list(newest.tasks),
         "rows": rows,
         "method": config.method.name,

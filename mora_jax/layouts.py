@@ -311,7 +311,8 @@ def load(folder: Path, overrides: Mapping[str, str]) -> Adapter:
         config = configs.restore(saved, files[0], overrides, CHANGEABLE)
     except (KeyError, TypeError, ValueError) as problem:  # edited by hand
         raise MoraError(f"{files[0]} is damaged: {type(problem).__name__} {problem}; export again") from None
-    rows = LAYOUTS[said["layout"]].read(_read_safetensors(folder / TENSORS), folder / TENSORS)
+    file, wanted = folder / TENSORS, str if said["layout"] == "mora" else _split  # all, or those with experts
+    rows = LAYOUTS[said["layout"]].read(_read_safetensors(file, wanted), file)
     return _checked(Adapter(config, identity, tasks, rows, said["origin"]), folder)
 
 
@@ -343,12 +344,14 @@ def _checked(adapter: Adapter, source: Path) -> Adapter:
     return adapter
 
 
-def _read_safetensors(path: Path) -> Tensors:
+def _read_safetensors(path: Path, wanted: Callable[[str], Any] = _split) -> Tensors:
+    """The tensors whose names are `wanted`: a state dict may hold frozen weights too, in any dtype and shape."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            # a state dict may hold the frozen weights too, in any dtype; names of our own layout have no dot
-            names = [name for name in file.keys() if "." not in name or _split(name)]  # noqa: SIM118  no mapping
-            return {name: checked_slice(file, name, path)[:].astype(np.float32) for name in names}
+            names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118  no mapping
+            for name in names:
+                checked_slice(file, name, path)
+            return {name: file.get_tensor(name).astype(np.float32) for name in names}
     except (OSError, safetensors.SafetensorError) as problem:
         raise MoraError(f"{path}: not a readable safetensors file ({problem})") from None
 

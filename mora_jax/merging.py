@@ -1,7 +1,9 @@
 """Experts with constant gates added to the weights beside which they stand: a plain model for any other program.
 
-W + scale * sum_i a_i b_i^T with the keys a_i and values b_i of a site, summed in float32 and stored in `model.dtype`.
+W + scale * sum_i a_i b_i^T with the keys a_i and values b_i of a site, summed and stored in float32 whatever
+`model.dtype` is: in bfloat16 most weights would not move, for the update of a short training is less than its steps.
 What was trained beside quantised weights is added to what their codes stand for, so the folder answers as the run did.
+A text begins and ends there as in the run, and there is no chat template: tasks are taught without one.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ def write(adapter: Adapter, folder: Path) -> str:
     for path, site in adapter.rows.items():
         name = "/".join((*path, "kernel"))
         update = np.matmul(site["keys"].swapaxes(1, 2), site["values"])  # [layers, d_in, d_out]
-        flat[name] = (flat[name].astype(np.float32) + np.float32(adapter.method.scale) * update).astype(dtype)
-    hf.save_params(unflatten_dict(flat, sep="/"), model.config, folder)
+        flat[name] = flat[name].astype(np.float32) + np.float32(adapter.method.scale) * update
+    hf.save_params(unflatten_dict(flat, sep="/"), model.config, folder, model.tokenizer.special_ids)
     model.tokenizer.save(folder)
-    return f"all weights in {c.model.dtype}{_origin(c.model)}"
+    kept = "all weights in float32" if dtype == np.float32 else f"adapted weights in float32, others in {dtype.name}"
+    return f"{kept}{_origin(c.model)}"
 
 
 def _whole(flat: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarray]:

@@ -76,6 +76,7 @@ class Run:
             self.sites,
             frozen_parameters=count_parameters(quantised.plain(self.family.params)),
             chance=[self.family.chance(task) for task in self.tasks],
+            prompt_tokens=[self.family.prompt_tokens(task) for task in self.tasks],
             fingerprint=self.identity,
             command=command,
             workdir=workdir,
@@ -112,22 +113,17 @@ class Run:
 
     def stream_record(self) -> list[dict[str, Any]]:
         """What decides each task's part in the results; an old run's list must be a prefix of the new one's."""
-        return [
-            {"task": task.name, "data": task.digest, "steps": steps, "epochs": epochs}
+        rows = [
+            {"task": task.name, "data": task.digest, "steps": steps, "epochs": epochs, "made": task.made(epochs)}
             for task, (steps, epochs) in zip(self.tasks, self.lengths, strict=True)
         ]
+        return [{key: value for key, value in row.items() if (key, value) != ("made", 1)} for row in rows]
 
     def target(self, meta: dict[str, Any]) -> dict[str, Any]:
         """Shapes and shardings of the arrays in a checkpoint; refuses one of another experiment."""
-        changed = configs.differences(meta["fingerprint"], self.fingerprint)
-        for i, (old, new) in enumerate(zip(meta["stream"], self.stream_record(), strict=False)):
-            changed += configs.differences(
-                {f"task {i} {k}": v for k, v in old.items()}, {f"task {i} {k}": v for k, v in new.items()}
-            )
+        of_stream = configs.stream_differences(meta["stream"], self.stream_record())
+        changed = configs.differences(meta["fingerprint"], self.fingerprint) + of_stream
         changed += configs.differences({SPACE: meta.get("label_space")}, {SPACE: self.family.label_space})
-        if len(meta["stream"]) > len(self.tasks):
-            gone = ", ".join(row["task"] for row in meta["stream"][len(self.tasks) :])
-            changed.append(f"benchmark.tasks no longer holds {gone}")
         if changed:
             raise MoraError(
                 f"--workdir={self.workdir} holds another experiment; use another --workdir. {'; '.join(changed)}"

@@ -54,6 +54,7 @@ RESULT_KEYS = {
         "gates",
         "prompts_truncated",
         "prompts_truncated_of",
+        "prompt_tokens",
         "records_skipped",
         "eval_examples",
         "task_seconds",

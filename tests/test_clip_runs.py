@@ -150,6 +150,17 @@ def test_another_label_space_is_asked_for_in_evaluation(
     assert row["scores"][1] > 60
 
 
+def test_a_named_task_is_compared_with_the_classes_of_the_whole_stream(
+    taught: Path, main: Callable[..., Ended], tmp_path: Path
+) -> None:
+    out = tmp_path / "e.json"
+    named = "--config.benchmark.tasks=shades"
+    assert main(f"--workdir={taught}", "--task=0", f"--output={out}", named, of=evaluate).code == 0
+    told = json.loads(out.read_text(encoding="utf-8"))
+    assert told["rows"][0]["scores"] == results(taught)["R"][0][1:]
+    assert (told["tasks"], told["label_space"], told["chance"]) == (["shades"], 5, [20.0])
+
+
 def test_an_export_scores_the_same(taught: Path, main: Callable[..., Ended], tmp_path: Path) -> None:
     run = main(f"--workdir={taught}", f"--to={tmp_path / 'adapter'}", of=export)
     assert (run.code, run.err) == (0, "")

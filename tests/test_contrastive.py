@@ -22,6 +22,7 @@ from mora_jax import experiment
 from mora_jax.benchmarks import image_folder
 from mora_jax.benchmarks.pictures import PictureTask
 from mora_jax.data.images import pixels
+from mora_jax.errors import MoraError
 from mora_jax.methods import bank as banks
 from mora_jax.methods import boundaries
 from mora_jax.methods.method import Method, from_config
@@ -153,6 +154,25 @@ def test_classes_of_one_text_are_one_answer(model: ClipModel, tasks: list[Pictur
     assert set(found) <= set(first.classes)
     assert family.chance(again) == pytest.approx(100 / len(first.classes))
     assert family.label_space == len(first.classes)
+
+
+def renamed(task: PictureTask, names: Mapping[str, str], **changes: str) -> PictureTask:
+    pictures = {
+        split: tuple(dataclasses.replace(p, answer=names.get(p.answer, p.answer)) for p in found)
+        for split, found in task.splits.items()
+    }
+    classes = tuple(names.get(name, name) for name in task.classes)
+    return dataclasses.replace(task, splits=pictures, classes=classes, **changes)
+
+
+def test_classes_that_the_tokenizer_reads_alike_are_one_answer(model: ClipModel, tasks: list[PictureTask]) -> None:
+    again = renamed(tasks[0], {"dark blue": "Dark  Blue"}, name="again")
+    family = family_of(model, [tasks[0], again], eval__label_space="joint")
+    assert family.label_space == len(tasks[0].classes)
+    found = {name.replace("Dark  Blue", "dark blue") for name in family._names(again)}
+    assert found == set(tasks[0].classes)
+    with pytest.raises(MoraError, match="task 'colours': the classes 'green' and 'Green' are one text to this model"):
+        family_of(model, [renamed(tasks[0], {"red": "Green"})])
 
 
 def test_class_texts_are_embedded_once_for_a_row(model: ClipModel, tasks: list[PictureTask]) -> None:

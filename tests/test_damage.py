@@ -23,6 +23,8 @@ from interruptions import (
 from launching import results
 
 from mora_jax import config as configs
+from mora_jax.benchmarks.stream import Task
+from mora_jax.errors import MoraError
 from mora_jax.runtime.checkpoint import MANIFEST, Checkpoints
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -220,6 +222,18 @@ def test_more_tasks_continue_a_finished_stream(world: World, reference: Path) ->
     assert "at step 24: task 2 (digits), evaluated" in run.out
     assert_same_end(workdir, reference, besides=["config"])
     assert {name: sums(workdir / "checkpoints" / name) for name in kept} == kept
+
+
+def test_another_version_of_the_code_is_told_before_its_digests() -> None:
+    old = [{"task": "colours", "data": "a", "steps": 0, "epochs": 1}]
+    new = [{"task": "colours", "data": "b", "steps": 0, "epochs": 1, "made": 2}]
+    with pytest.raises(MoraError, match=r"another version of mora_jax, which made other batches .* of task colours"):
+        configs.stream_differences(old, new)
+    assert configs.stream_differences(new, new) == []
+    by_steps = [{"task": "colours", "data": "a", "steps": 3, "epochs": 0}]
+    assert "task 0 epochs: 1 -> 0" in configs.stream_differences(new, by_steps)
+    assert configs.stream_differences(by_steps, []) == ["benchmark.tasks no longer holds colours"]
+    assert [Task("a", "choice", {}).made(epochs) for epochs in (0, 1)] == [1, 2]
 
 
 def test_fingerprint_leaves_out_execution_only() -> None:

@@ -71,7 +71,7 @@ def test_another_benchmark_is_evaluated_whole(
     long = [{"prompt": "colours " * 8 + "0 ->", "answer": "red"}] * 6
     (tmp_path / "data" / "colours" / "test.json").write_text(json.dumps(long))
     shutil.copytree(taught("mora"), tmp_path / "w")
-    other = [f"--config.benchmark.root={tmp_path / 'data'}", "--config.benchmark.tasks=", "--config.benchmark.metrics="]
+    other = ["--config.benchmark.name=folder", f"--config.benchmark.root={tmp_path / 'data'}"]
     other.append("--config.eval.max_new_tokens=4")
     run = main(f"--workdir={tmp_path / 'w'}", "--task=0", *other, of=evaluate)
     assert (run.code, run.err) == (0, "")
@@ -87,10 +87,31 @@ def test_another_benchmark_is_evaluated_whole(
     assert (told["eval_examples"], told["rows"][0]["prompts_truncated"]) == ([2, 2], 2)
 
 
+def test_data_that_have_moved_are_asked_as_before(
+    taught: Callable[[str], Path], main: Callable[..., Ended], tmp_path: Path
+) -> None:
+    found = results(taught("mora"))
+    shutil.copytree(found["config"]["benchmark"]["root"], tmp_path / "moved")
+    moved = [f"--config.benchmark.root={tmp_path / 'moved'}", f"--output={tmp_path / 'e.json'}"]
+    run = main(f"--workdir={taught('mora')}", *moved, of=evaluate)
+    assert (run.code, run.err) == (0, "")
+    told = evaluation(tmp_path / "e.json")
+    assert (told["rows"][0]["scores"], told["eval_examples"]) == (found["R"][1], found["eval_examples"])
+    assert (told["label_space"], told["chance"]) == (None, [None, None])
+    assert (
+        "limits: benchmark.eval_limit=4, train.max_prompt_tokens=48, train.max_answer_tokens=16, eval.max_new_tokens=4"
+    ) in " ".join(run.out.split())
+
+
 def test_limits_of_the_run_stay_with_its_own_data() -> None:
     assert evaluate.other_benchmark({"benchmark.tasks": "a"}) == {"benchmark.tasks": "a"}
+    assert evaluate.other_benchmark({"benchmark.root": "a"}) == {"benchmark.root": "a"}
     other = evaluate.other_benchmark({"benchmark.name": "trace", "benchmark.shots": "3"})
     assert (other["benchmark.tasks"], other["benchmark.eval_limit"], other["benchmark.shots"]) == ("", "0", "3")
+    assert other["benchmark.root"] == "", "or a benchmark that reads no folder would refuse the run's"
+    assert "benchmark.split_seed" not in other
+    for name, space in (("mtil", "own"), ("xtail", "joint")):
+        assert evaluate.other_benchmark({"benchmark.name": name})["eval.label_space"] == space
     assert other["eval.max_new_tokens"] == other["train.max_prompt_tokens"] == other["train.max_answer_tokens"] == "0"
 
 

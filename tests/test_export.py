@@ -190,12 +190,21 @@ def test_frozen_weights_beside_the_experts_may_have_any_dtype(tmp_path: Path) ->
     layouts.save(drawn("mora"), tmp_path / "a", "authors")
     state, file = tensors_of(tmp_path / "a"), tmp_path / "state.safetensors"
     state["model.layers.0.self_attn.q_proj.weight"] = np.zeros((2, 2), ml_dtypes.float8_e4m3fn)
-    state["model.position_ids"] = np.arange(3)
+    state |= {"model.position_ids": np.arange(3), "position_ids": np.arange(3)}
+    state["logit_scale"] = np.array(4.6, np.float32)
     safetensors.numpy.save_file(state, file)
     adapter = layouts.load_state_dict(file, configs.load(f"{CONFIG}:smoke", {}))
     np.testing.assert_array_equal(
         adapter.rows["layers", "attn", "q"]["keys"], drawn("mora").rows["layers", "attn", "q"]["keys"]
     )
+
+
+def test_a_tensor_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
+    layouts.save(drawn("mora"), tmp_path / "a", "mora")
+    file = tmp_path / "a" / layouts.TENSORS
+    safetensors.numpy.save_file(tensors_of(tmp_path / "a") | {"logit_scale": np.array(4.6, np.float32)}, file)
+    with pytest.raises(MoraError, match="unexpected tensor 'logit_scale'; legal: SITE/keys"):
+        layouts.load(tmp_path / "a", {})
 
 
 class Harmful:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import functools
+import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from small_pictures import COUNTS, TASKS, write_pictures
 
 from mora_jax.benchmarks import image_folder, stream
-from mora_jax.benchmarks.pictures import PictureTask
+from mora_jax.benchmarks.pictures import Picture, PictureTask
 from mora_jax.errors import MoraError
 
 
@@ -63,6 +69,29 @@ def test_pictures_decide_the_digest(root: Path) -> None:
     path.unlink()
     path.symlink_to(root / "nowhere")  # told when it is to be read
     assert len(load(root).digest) == 64
+
+
+def test_pixels_and_not_their_encoding_decide_the_digest(root: Path) -> None:
+    before, path = load(root).digest, root / "colours" / "test" / "red" / "0.png"
+    with Image.open(path) as picture:
+        picture.load()
+    encoded = path.read_bytes()
+    picture.save(path, compress_level=1)  # as another version of zlib
+    assert path.read_bytes() != encoded
+    assert load(root).digest == before
+    path.write_bytes(encoded[:-30])
+    assert load(root).digest != before, "a damaged one"
+
+
+def test_a_picture_that_cannot_be_read_now_is_no_other_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    task = load(root)
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    task = dataclasses.replace(task, splits={"test": (Picture("red/0.png", "red", functools.partial(fail, root)),)})
+    with pytest.raises(MoraError, match=r"red/0.png cannot be read now \(.*Input/output error\); try again"):
+        _ = task.digest
 
 
 def test_names_and_templates_may_be_given(root: Path) -> None:
@@ -166,6 +195,14 @@ def file(name: str, text: str) -> Callable[[Path], None]:
 def test_half_prepared_folders_are_named(change: Callable[[Path], None], message: str, root: Path) -> None:
     change(root)
     with pytest.raises(MoraError, match=message):
+        load(root)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such name")
+def test_a_file_name_that_no_result_could_hold_is_told(root: Path) -> None:
+    folder = root / "colours" / "train" / "red"
+    (folder / "0.png").rename(folder / os.fsdecode(b"\xff.png"))
+    with pytest.raises(MoraError, match=r"train: the name 'colours/train/red/\\udcff.png' is not UTF-8.*; rename it"):
         load(root)
 
 

@@ -49,6 +49,7 @@ def test_a_limit_of_the_task_gives_way_and_is_told_once(capsys: pytest.CaptureFi
     short = family(4096, MEETINGS)
     assert [short.limits(MEETINGS).prompt for _ in range(2)] == [4096 - 600] * 2
     assert short.limits(MEETINGS).answer == 512
+    assert short.prompt_tokens(MEETINGS) == 4096 - 600, "what results.json says"
     assert capsys.readouterr().err == (
         "task 'meetings': prompts are cut to 3496 tokens instead of 4096, because the model has 4096 positions and "
         "answers may take 600\n"

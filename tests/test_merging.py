@@ -15,6 +15,7 @@ from launching import Ended, assert_refused
 from random_adapters import base, drawn, forward, logits, text
 
 from mora_jax import export, layouts, merging
+from mora_jax.data.text import encode_prompts
 from mora_jax.errors import MoraError
 from mora_jax.models import hf, quantised
 from mora_jax.models.registry import load_model
@@ -42,8 +43,38 @@ def test_a_merged_folder_is_the_adapted_model(method: str, tmp_path: Path) -> No
             merged.eval()(torch.from_numpy(text()).long()).logits.numpy(), expected, rtol=1e-3, atol=2e-3
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
-    assert tokenizer("digits 2 ->").input_ids == load_model(adapter.config.model, 0).tokenizer.encode("digits 2 ->")
+    asked = tokenizer("digits 2 ->", return_tensors="pt")
+    ours, _ = encode_prompts(["digits 2 ->"], load_model(adapter.config.model, 0).tokenizer, 99)
+    assert asked.input_ids.tolist() == ours
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
+    merged.lm_head = torch.nn.Linear(merged.config.hidden_size, 258)
+    torch.nn.init.zeros_(merged.lm_head.weight)
+    merged.lm_head.bias.data = torch.eye(258)[257]  # a model that ends at once
+    assert merged.generate(**asked, max_new_tokens=5).tolist() == [[*ours[0], 257]]
+
+
+def test_a_small_update_of_bfloat16_weights_is_not_lost(tmp_path: Path) -> None:
+    """Of the size that a short training gives: in bfloat16 nine tenths of the weights would stay as they were."""
+    adapter = drawn("inc_lora")
+    rows = {path: {"keys": site["keys"] * 1e-3, "values": site["values"] * 1e-3} for path, site in adapter.rows.items()}
+    adapter = dataclasses.replace(adapter, rows=rows, identity="")
+    with adapter.config.unlocked():
+        adapter.config.model.dtype = "bfloat16"
+    said = layouts.save(adapter, tmp_path / "a", "merged")
+    assert said == "adapted weights in float32, others in bfloat16"
+    base_params = jax.tree.map(np.asarray, load_model(adapter.config.model, 0).params)
+    with safetensors.safe_open(tmp_path / "a" / hf.WEIGHTS_FILE, framework="numpy") as file:
+        written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    q, site = base_params["layers"]["attn"]["q"]["kernel"][1], rows["layers", "attn", "q"]
+    update = written["model.layers.1.self_attn.q_proj.weight"].T - q.astype(np.float32)
+    np.testing.assert_allclose(update, 2.0 * site["keys"][1].T @ site["values"][1], rtol=1e-3, atol=1e-7)
+    assert written["model.layers.1.mlp.up_proj.weight"].dtype.name == "bfloat16"
+    assert hf.read_json(tmp_path / "a" / "config.json")["dtype"] == "float32"
+    pytest.importorskip("torch", reason="transformers is the other side of the comparison")
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a").state_dict()
+    for name, tensor in written.items():
+        np.testing.assert_array_equal(read[name].numpy(), tensor.astype(np.float32), err_msg=name)
 
 
 @pytest.mark.parametrize("quantise", ["int8", "nf4"])

@@ -11,6 +11,7 @@ import tiny_domains
 from conftest import ROOT
 from launching import Ended, results
 
+from mora_jax import config as configs
 from mora_jax.benchmarks import mtil, stream, xtail
 from mora_jax.benchmarks.domains import DOMAINS
 from mora_jax.errors import MoraError
@@ -29,6 +30,12 @@ def test_the_two_orders() -> None:
     }  # fmt: skip
     assert set(DOMAINS) == set(mtil.ORDERS["order1"]) == set(mtil.ORDERS["order2"]) == {*xtail.TASKS, "CIFAR100"}
     assert sum(len(domain.classes) for domain in DOMAINS.values()) == 1200
+
+
+@pytest.mark.parametrize(("name", "space"), [("mtil", "own"), ("xtail", "joint"), ("packaged_images", "own")])
+def test_the_config_asks_as_the_benchmark_says(name: str, space: str) -> None:
+    config = configs.load(f"{ROOT}/configs/clip_cl.py:benchmark={name}", {})
+    assert config.eval.label_space == stream.label_space(name) == space
 
 
 def test_the_ensembles() -> None:

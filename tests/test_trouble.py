@@ -57,7 +57,8 @@ def test_prompts_over_the_limit_are_cut_and_counted(
     found = results(tmp_path / "w")
     assert found["prompts_truncated"] == 3
     assert found["prompts_truncated_of"] == {"digits": {"train": 2, "test": 1}}
-    assert "\nprompts cut to train.max_prompt_tokens=48: digits 2/16 train, 1/4 test\n" in run.out
+    assert found["prompt_tokens"] == [48]
+    assert "\nprompts cut: digits to 48 tokens, 2/16 train, 1/4 test\n" in run.out
     assert found["complete"] is True
     losses = [json.loads(line)["loss"] for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from mora_jax.benchmarks.domains import reading
 from mora_jax.benchmarks.pictures import PictureTask
 
+LABEL_SPACE = "own"
 ORDERS: dict[str, tuple[str, ...]] = {
     "order1": (
         "Aircraft", "Caltech101", "CIFAR100", "DTD", "EuroSAT", "Flowers", "Food101", "MNIST", "OxfordPets",

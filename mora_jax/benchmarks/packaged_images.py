@@ -32,6 +32,7 @@ from mora_jax.data.images import png
 from mora_jax.data.pickles import read_array
 from mora_jax.errors import MoraError, unknown
 
+LABEL_SPACE = "own"
 # (what a person would call the picture, its pixels or its encoded bytes)
 Item = tuple[str, np.ndarray | bytes]
 Drawn = Mapping[str, list[tuple[Item, str]]]  # of every split

@@ -74,6 +74,13 @@ class Task:
         content = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode("ascii")).hexdigest()
 
+    def made(self, epochs: int) -> int:
+        """By which version of the code its digest, and its batches over so many epochs (0 = by steps), are made.
+
+        Raised when the same data get another digest or other batches: the second one's epochs see all records alike.
+        """
+        return 2 if epochs else 1
+
     def _content(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -144,7 +151,8 @@ class Task:
 class Benchmark(Protocol):
     """What a benchmark's module offers. `root` is the folder of its files, empty where it needs none.
 
-    It may also have `ORDERS`, a mapping from the name of a published order to its tasks: a name for several at once.
+    It may also have `ORDERS`, a mapping from the name of a published order to its tasks: a name for several at once;
+    and `LABEL_SPACE`, the `eval.label_space` of its protocol where that is not `joint`.
     """
 
     def task_names(self, root: str) -> tuple[str, ...]:
@@ -184,6 +192,11 @@ def _benchmark(name: str) -> Benchmark:
 def task_names(name: str, root: str) -> tuple[str, ...]:
     """The tasks of a benchmark in its own order; MoraError for an unknown benchmark or a bad root."""
     return _benchmark(name).task_names(root)
+
+
+def label_space(name: str) -> str:
+    """What a benchmark compares pictures with by its protocol: `joint` or `own`; MoraError for an unknown benchmark."""
+    return getattr(_benchmark(name), "LABEL_SPACE", "joint")
 
 
 def load(name: str, root: str, tasks: Sequence[str], *, metrics: Mapping[str, str], split_seed: int) -> list[Task]:

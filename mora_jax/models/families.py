@@ -171,7 +171,7 @@ def from_hf(config: Mapping[str, Any], source: object) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a model. Token ids are the tokenizer's business and are written as null.
+    """The `config.json` of a model. Token ids are the tokenizer's business and are null here.
 
     Raises MoraError for a config that its family's `config.json` has no words for.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import huggingface_hub
@@ -23,11 +24,13 @@ from mora_jax.models.keytable import assemble, entries, param_shape, rows
 from mora_jax.models.unread import Entry, Index, Params, Read, load
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DOWNLOADS = ["*.safetensors", "*.json", "tokenizer*"]
 _NOT_DOWNLOADED = ["*/*", "consolidated*"]  # subfolders, and a second copy of the weights in Mistral's own layout
 # safetensors' name of a dtype -> numpy's; the formats we accept and write.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NO_IDS: Mapping[str, int | None] = MappingProxyType({})
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -116,19 +119,25 @@ def checked_slice(file: Any, name: str, path: Path) -> Any:
     return stored
 
 
-def save_params(params: Params, config: DecoderConfig, folder: Path) -> None:
+def save_params(
+    params: Params, config: DecoderConfig, folder: Path, special_ids: Mapping[str, int | None] = _NO_IDS
+) -> None:
     """Write `model.safetensors` and `config.json` that transformers loads.
 
-    `params` are numpy or JAX arrays in the decoder's layout; the file keeps their dtypes. Raises MoraError for a
-    parameter that is missing, unknown, of a wrong shape or not of a float dtype.
+    `params` are numpy or JAX arrays in the decoder's layout; the file keeps their dtypes, and config.json names the
+    widest, in which all are exact. `special_ids` are those of a `Tokenizer`, for config.json and
+    generation_config.json: without an end of sequence there, transformers generates up to its limit. Raises MoraError
+    for a parameter that is missing, unknown, of a wrong shape or not of a float dtype.
     """
     folder = Path(folder)
     content = families.to_hf(config)
     flat = flatten_dict(params, sep="/")
     check_params(flat, {row.ours: param_shape(row, config) for row in rows(config)})
-    content["dtype"] = flat["embed/embedding"].dtype.name
+    content |= {"dtype": np.result_type(*(array.dtype for array in flat.values())).name, **special_ids}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name, said in ((CONFIG_FILE, content), (GENERATION_FILE, special_ids)):
+        if said:
+            (folder / name).write_text(json.dumps(dict(said), indent=2) + "\n", encoding="utf-8")
     write_safetensors(folder / WEIGHTS_FILE, flat, entries(config, "hf"))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from mora_jax.errors import MoraError, unknown
 from mora_jax.models.gguf import GGUFFile, open_gguf
@@ -106,11 +106,23 @@ class Tokenizer:
             return self
         return Tokenizer(self._backend, bos_id=self.bos_id, eos_id=self.eos_id)
 
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        """bos, eos and pad by their names in Hugging Face's config files."""
+        return {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
+
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
-        self._backend.save(str(folder / "tokenizer.json"))
-        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
-        named = {f"{kind}_token": None if i is None else self._backend.id_to_token(i) for kind, i in ids.items()}
+        """Write tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read.
+
+        By them a text begins with bos where there is one, as every sequence that a decoder of ours reads, and nothing
+        else is added.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        ids = {name.removesuffix("_id"): number for name, number in self.special_ids.items()}
+        named = {name: None if number is None else backend.id_to_token(number) for name, number in ids.items()}
+        bos = named["bos_token"]
+        backend.post_processor = bos and processors.TemplateProcessing([bos, "$A"], special_tokens=[(bos, self.bos_id)])
+        backend.save(str(folder / "tokenizer.json"))
         content = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
         (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

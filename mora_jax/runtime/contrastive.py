@@ -78,14 +78,14 @@ class ClipFamily:
         self.config, self.mesh, self.identity = config, mesh, model.identity
         method = method.portable if mesh.size > 1 else method
         self.clip = CLIP(model.config, method, DTYPES[config["model"]["dtype"]], config["model"]["remat"])
-        self.params = place(mesh, model.params)
         self.sizes, self._tokenizer = model.config, model.tokenizer
         self.tasks = {task.name: task for task in tasks}
         self.classes = [(task.name, name) for task in tasks for name in task.classes]
         # One width for the whole stream, or the train step would be traced again for longer names.
         texts = [text for task in tasks for text in _texts(task, len(task.templates))]
-        # Two classes of one text, such as the dogs of photographs and of sketches, are one answer.
-        self._meaning = [text for task in tasks for text in _texts(task, 1)]
+        # Two classes that read alike, such as the dogs of photographs and of sketches, are one answer.
+        self._meaning = [meaning for task in tasks for meaning in self._meanings(task)]
+        self.params = place(mesh, model.params)
         longest = max((int(np.argmax(row)) for row in self._tokenizer(texts) == self._tokenizer.end_id), default=0) + 1
         self.width = min(-(-longest // TEXT_BUCKET) * TEXT_BUCKET, model.config.text.context)
         whole = NamedSharding(mesh, P())  # every process reads the answers
@@ -106,6 +106,20 @@ class ClipFamily:
 
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, int]:
         return {"examples": len(batch["labels"])}
+
+    def _meanings(self, task: PictureTask) -> list[tuple[int | str, ...]]:
+        """What the model reads of each class: ids, for the tokenizer folds case and blanks; with the text if it is cut.
+
+        Raises MoraError where that is the same for two classes, which no score would tell apart.
+        """
+        texts, end = _texts(task, 1), self._tokenizer.end_id
+        pairs = zip(texts, self._tokenizer(texts).tolist(), strict=True)
+        read = [(*ids, text) if ids[-1] == end else tuple(ids) for text, ids in pairs]
+        of: dict[tuple[int | str, ...], str] = {}
+        for name, meaning in zip(task.classes, read, strict=True):
+            if (first := of.setdefault(meaning, name)) != name:
+                raise MoraError(f"task {task.name!r}: the classes {first!r} and {name!r} are one text to this model")
+        return read
 
     def _tokens(self, texts: Sequence[str]) -> Int[np.ndarray, "n width"]:
         return self._tokenizer(texts)[:, : self.width]
@@ -140,6 +154,9 @@ class ClipFamily:
 
     def chance(self, task: PictureTask) -> float:
         return 100.0 / len({self._meaning[i] for i in np.flatnonzero(self._legal(task))})
+
+    def prompt_tokens(self, task: PictureTask) -> None:
+        """Pictures have no prompts."""
 
     @property
     def label_space(self) -> int | None:
@@ -216,7 +233,7 @@ class ClipFamily:
 
     def _names(self, task: PictureTask) -> list[str]:
         """What each class of the stream is called as an answer to a picture of this task."""
-        own = dict(zip(_texts(task, 1), task.classes, strict=True))
+        own = dict(zip(self._meanings(task), task.classes, strict=True))
         pairs = zip(self._meaning, self.classes, strict=True)
         return [own.get(meaning, f"{owner}: {name}") for meaning, (owner, name) in pairs]
 

@@ -108,6 +108,9 @@ class Family(Protocol):
     def chance(self, task: Task) -> float | None:
         """The score in percent of answering at random; None where there is no list to choose from."""
 
+    def prompt_tokens(self, task: Task) -> int | None:
+        """The most tokens of a prompt that are read, the rest is cut; None where there are no prompts."""
+
     def prepare(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
         """`variables` with what all tasks of one row of R share; `predict` needs it."""
 

@@ -139,6 +139,9 @@ class LanguageFamily:
         )
         return TrainData(text.pipeline(plan), len(plan), cut)
 
+    def prompt_tokens(self, task: Task) -> int:
+        return self.limits(task).prompt
+
     def chance(self, task: Task) -> None:
         """Texts have no chance level."""
 

@@ -42,6 +42,7 @@ class Results:
         *,
         frozen_parameters: int,
         chance: Sequence[float | None],
+        prompt_tokens: Sequence[int | None],
         fingerprint: str,
         command: str,
         workdir: Path,
@@ -62,6 +63,7 @@ class Results:
             "variant": [task.variant for task in tasks],
             "majority": [task.majority_percent(split) for task in tasks],
             "chance": rounded(chance),
+            "prompt_tokens": list(prompt_tokens),  # the most of each task that are read
             "method": config.method.name,
             "model": config.model.name,
             "seed": config.seed,
@@ -199,14 +201,12 @@ class Results:
         self.display.say(f"{self.path} written; {seconds}; {traces}")
 
     def prompts_cut(self, p: Progress) -> str:
-        """Which tasks had prompts cut on the left and how many of how many, in one line; empty where none had."""
-        found = []
+        """Which tasks had prompts cut on the left, to how many tokens, and how many of how many, in one line; or ""."""
+        found, limits = [], dict(zip(self.names, self.facts["prompt_tokens"], strict=True))
         for name, splits in p.truncated.items():
             counts = [f"{splits[split]}/{n} {split}" for split, n in self.sizes[name].items() if splits.get(split)]
-            found += [f"{name} {', '.join(counts)}"] if counts else []
-        limit = self.facts["config"]["train"]["max_prompt_tokens"]
-        said = f"train.max_prompt_tokens={limit}" if limit else "their tasks' limits"
-        return f"prompts cut to {said}: {'; '.join(found)}" if found else ""
+            found += [f"{name} to {limits[name]} tokens, {', '.join(counts)}"] if counts else []
+        return f"prompts cut: {'; '.join(found)}" if found else ""
 
 
 def variants_of(tasks: Sequence[str], variants: Sequence[str]) -> str:
