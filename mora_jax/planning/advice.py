@@ -62,7 +62,7 @@ def _of_train(work: Work) -> list[str]:
         lines.append(f"a smaller train.batch_size than {c.train.batch_size}: {least} is one row on each device")
     if work.mesh.shape["model"] == 1 and work.sizes.heads > 1:
         lines.append("mesh.model=2 or more cuts heads and hidden features, if mesh.data or mesh.fsdp is made smaller")
-    lengths = f"{work.lengths.prompt} + {work.lengths.answer}"
+    lengths = f"{work.longest['train'].prompt} + {work.longest['train'].answer}"
     lines.append(f"train.max_prompt_tokens and train.max_answer_tokens below {lengths}: scores grow with their square")
     return lines
 
