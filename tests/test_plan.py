@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -25,6 +26,7 @@ from mora_jax.models import registry
 from mora_jax.planning import compiled, topologies
 from mora_jax.planning.abstract import Work, bytes_of
 from mora_jax.planning.advice import advice
+from mora_jax.planning.compiled import examine
 from mora_jax.planning.report import count_tasks, make_plan
 from mora_jax.planning.sizes import SIZES, decoder_config
 from mora_jax.planning.tasks import of_stream
@@ -310,9 +312,41 @@ def test_a_dry_run_compiles_for_the_devices_here_and_writes_nothing(main: Callab
     small = ("--config.train.batch_size=8", "--config.eval.batch_size=8", "--config.method.targets=attn/q")
     run = main(f"{SMOKE},method=inc_lora", *small, "--dry_run")
     assert run.code == 0, run
-    for part in ("8 x cpu", "unknown memory", "train step", "batch of answers", "all-reduce"):
+    for part in ("8 x cpu", "fits", "no times", "train step", "batch of answers", "all-reduce"):
         assert part in run.out
     assert not list(tmp_path.iterdir())
+
+
+@dataclasses.dataclass
+class Device:
+    """What `here` asks of a device."""
+
+    device_kind: str
+    platform: str
+    limit: int | None
+    process_index: int = 0
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return None if self.limit is None else {"bytes_limit": self.limit}
+
+
+def test_a_device_here_says_itself_how_much_a_program_may_fill():
+    rtx, h100, tpu = (("NVIDIA GeForce RTX 4090", "gpu"), ("NVIDIA H100 80GB HBM3", "gpu"), ("TPU v3", "tpu"))
+    assert topologies.here([Device(*rtx, 18_000)] * 2).available == 18_000
+    assert topologies.here([Device(*rtx, None)]).available is None
+    assert topologies.here([Device(*h100, 70_000)]).available == 70_000  # XLA_PYTHON_CLIENT_MEM_FRACTION
+    assert topologies.here([Device(*h100, None)]).available == topologies.target("h100:1").available
+    assert topologies.here([Device(*tpu, 16_000)]).available == 16_000
+    one, eight = (topologies.here(jax.devices()[:n]).available for n in (1, 8))
+    assert one == 8 * eight > 1 << 28
+
+
+def test_advice_is_given_on_a_machine_that_is_in_no_table():
+    work = work_of("mesh.data=1", "mesh.fsdp=8", "train.batch_size=16", "model.remat=none")
+    aim = topologies.here([Device("NVIDIA L4", "gpu", 1 << 20)] * 8)
+    step = examine(work.train(), aim)
+    assert step["fits"] is False
+    assert any("model.remat=full" in line for line in advice("train", step, work, aim))
 
 
 def test_a_program_of_a_mesh_here_costs_what_its_shapes_say():
@@ -321,7 +355,7 @@ def test_a_program_of_a_mesh_here_costs_what_its_shapes_say():
     work = work_of(*small, config=f"{CONFIG}:smoke,method=inc_lora")
     planned = make_plan(work.config, topologies.here(jax.devices()), jax.devices(), tasks=1)
     assert planned["frozen_over_share"] == 8.0  # the mesh of the config holds eight copies
-    assert planned["fits"] is None
+    assert (planned["fits"], planned["steps"]["train"]["seconds"]) == (True, None)
     kernels = sum(a.size for a in jax.tree.leaves(work.family.params["layers"]) if a.ndim == 3)
     logits = work.sizes.vocab_size * work.sizes.d_model
     least = 2 * 2 * (kernels * 64 + logits * 16)  # one row of 64 tokens each, with 16 places for an answer

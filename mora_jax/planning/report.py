@@ -90,7 +90,7 @@ def show(plan: dict[str, Any], display: Display) -> None:
         "frozen kernels": plan["dtype"] if plan["quantise"] == "none" else plan["quantise"],
         "method": f"{plan['method']}, {plan['tasks']} tasks, {experts}",
         **{COLUMNS[name]: _batch(plan["batch_size"][name], longest) for name, longest in plan["tokens"].items()},
-        "chip": _figures(chip) if chip else "no figures for this device",
+        "chip": _figures(chip) if chip else "no figures for this device, so no times",
         "frozen weights": f"{plan['frozen_over_share']:.3f} x an equal share on each device",
     }
     display.facts("plan", facts)
