@@ -285,6 +285,68 @@ def test_what_is_done_already_is_not_advised():
     assert not any(part in text for part in ("bfloat16", "remat", "train.batch_size", "copies"))
 
 
+def told(work: Work, *large: str) -> list[str]:
+    """What is said of a train step where activations and these groups take more than there is, the others nothing."""
+    held = {"frozen": bytes_of(work.family.params)[0], "bank": bytes_of(work.bank)[0]}
+    sizes = {name: size if name in large else 0 for name, size in held.items()} | {compiled.ACTIVATIONS: None}
+    step = {"fits": False, "bytes": sizes | {"available": 1}}
+    return advice("train", step, work, topologies.here(jax.devices()))
+
+
+TURNED = re.compile(r"((?:mesh|model|train|method)\.\w+)=(\w+)")
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        ("gemma-2b", ()),
+        ("smollm2-135m", ("train.accumulate=2",)),
+        ("qwen2.5-7b", ("mesh.fsdp=2", "mesh.model=2", "mesh.data=2")),
+        ("llama3-70b", ("mesh.fsdp=8", "mesh.data=1", "method.capacity_bucket=128", "method.rank=16")),
+    ],
+)
+def test_all_that_is_advised_can_be_turned_and_leaves_what_is_said(model, overrides):
+    config = f"{CONFIG}:benchmark=trace,model={model}"
+    work = work_of(*overrides, config=config)
+    lines = told(work, "frozen", "bank")
+    assert all(key in " ".join(lines) for key in ("model.dtype", "model.quantise=int8", "model.quantise=nf4", "mesh."))
+    for line in lines:
+        turned = [f"{key}={value}" for key, value in TURNED.findall(line)]
+        changed = work_of(*overrides, *turned, config=config)  # would refuse what cannot be
+        if left := re.search(r"(?:leaves|:) ([\d.]+) GiB of (frozen|the bank)|are ([\d.]+) GiB", line):
+            group = changed.family.params if left[2] == "frozen" else changed.bank
+            assert bytes_of(group)[0] / (1 << 30) == pytest.approx(float(left[1] or left[3]), abs=0.006)
+
+
+def test_heads_are_cut_only_where_a_mesh_can():
+    def meshes(model: str, devices: int = 8) -> str:
+        found = configs.load(f"{CONFIG}:benchmark=trace,model={model}", {"mesh.data": "1", "mesh.fsdp": "-1"})
+        return " ".join(told(Work(found, make_mesh(found.mesh, jax.devices()[:devices]), 8)))
+
+    assert "mesh.data=1, mesh.fsdp=4, mesh.model=2 cuts heads" in meshes("llama2-7b")
+    assert "mesh." not in meshes("gemma-2b") + meshes("smollm2-135m") + meshes("llama2-7b", devices=1)
+
+
+def test_after_int8_comes_nf4_and_a_type_only_where_it_changes_much():
+    config = f"{CONFIG}:benchmark=trace,model=llama3-70b"
+    text = " ".join(told(work_of("mesh.data=1", "mesh.fsdp=8", "model.quantise=int8", config=config), "frozen"))
+    assert "model.quantise=nf4 leaves" in text
+    assert "model.quantise=int8" not in text
+    last = ("mesh.data=1", "mesh.fsdp=8", "model.quantise=nf4", "model.dtype=bfloat16")
+    text = " ".join(told(work_of(*last, config=config), "frozen"))
+    assert "more than 8 devices" in text
+    assert not re.search(r"model\.(quantise|dtype)", text)
+
+
+def test_a_bank_is_cut_by_mesh_model_and_a_small_bucket():
+    config = f"{CONFIG}:benchmark=trace,model=llama2-7b"
+    cut = ("mesh.data=1", "mesh.fsdp=8", "method.rank=16", "method.capacity_bucket=1024")
+    text = " ".join(told(work_of(*cut, config=config, tasks=100), "bank"))
+    assert "method.capacity_bucket=16: 1600 rows of the bank instead of 2048" in text
+    assert re.search(r"mesh\.model=[248]+: [\d.]+ GiB of the bank", text)
+    assert "a larger mesh.fsdp" not in text
+
+
 @pytest.mark.parametrize(
     ("message", "temporaries"),
     [

@@ -62,16 +62,15 @@ class Work:
     """
 
     def __init__(self, config: Any, mesh: Mesh, tasks: int):
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.tasks = config, mesh, tasks
         with self._on_target():
             self.method: Method = from_config(config.method, config.kernel)
         self.sizes = decoder_config(config.model)
-        model = LanguageModel(self.sizes, self._params(), Tokenizer.byte_level(), "shapes only")
+        model = LanguageModel(self.sizes, self.params(mesh), Tokenizer.byte_level(), "shapes only")
         streamed = of_stream(config)
         asked = streamed or [Task("any", DEFAULT_METRIC, {})]
         self.family = LanguageFamily(model, self.method, config, mesh, asked)
-        batch_size = config.train.batch_size if self.method.trains else 0
-        distributed.check_mesh(mesh, self.family.heads, batch_size, config.train.accumulate)
+        self.check(mesh)
         self.sites = banks.find_sites(self.family.params, self.family.site_kinds, self.method)
         self.capacity = self.method.capacity(tasks - 1) if self.method.trains else 0
         self.bank = self._placed(lambda: banks.empty(self.sites, self.capacity))
@@ -98,10 +97,17 @@ class Work:
 
         return Step(on_target, groups, open_trips)
 
-    def _params(self) -> dict[str, Any]:
-        model = self.config.model
+    def check(self, mesh: Mesh) -> None:
+        """MoraError for a mesh that a run of this config would refuse."""
+        batch_size = self.config.train.batch_size if self.method.trains else 0
+        distributed.check_mesh(mesh, self.family.heads, batch_size, self.config.train.accumulate)
+
+    def params(self, mesh: Mesh, **others: str) -> dict[str, Any]:
+        """Shapes of the frozen weights with their shardings on a mesh; `others` replaces values of config.model."""
+        model = dict(self.config.model) | others
         shapes = {row.ours: param_shape(row, self.sizes) for row in rows(self.sizes)}
-        return unflatten_dict(quantised.stored(shapes, DTYPES[model.dtype], model.quantise), sep="/")
+        coded = quantised.stored(shapes, DTYPES[model["dtype"]], model["quantise"])
+        return distributed.place(mesh, unflatten_dict(coded, sep="/"))
 
     def _placed(self, make: Callable[[], Any]) -> Any:
         return distributed.place(self.mesh, jax.eval_shape(make))
