@@ -44,6 +44,8 @@ COMMON = {
     "mesh.data": "1",
     "mesh.fsdp": "-1",
     "method.capacity_bucket": "8",
+    "train.max_prompt_tokens": "1024",
+    "train.max_answer_tokens": "512",
 }
 # Curves over tasks go without the kernel: FLOPs compiled for a CPU and for a TPU are then those of the same products.
 CURVE = COMMON | {"kernel": "xla"}

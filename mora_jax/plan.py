@@ -25,8 +25,9 @@ USAGE = """\
 python -m mora_jax.plan --config=configs/llm_cl.py[:ARG] --topology=NAME [--config.KEY=VALUE ...] [--tasks=N] [--json]
 
 NAME is v5e:4x4, v5p:2x2x2, h100:8, h100:4x8 and the like; an unknown one lists them all. The bank is as large as
-while the last of N tasks is taught (without --tasks: of the config's stream). The batch is the longest one: without
-train.max_prompt_tokens and train.max_answer_tokens, 1024 + 512 tokens. --json prints one JSON object instead of tables.
+while the last of N tasks is taught (without --tasks: of the config's stream). The batch is the longest one: as many
+tokens as the task with the largest limits may have, or as train.max_prompt_tokens and train.max_answer_tokens say; for
+limits that lie with data that is not here 1024 + 512. --json prints one JSON object instead of tables.
 
 The compilers of TPU and GPU are development extras that `bash launch.sh test` puts in .venv/compilers."""
 NOISE = ("absl::InitializeLog", "cudart_stub")  # the compilers on the accelerator that is not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -19,13 +20,16 @@ from launching import CONFIG, Ended, assert_refused
 
 from mora_jax import compilers, plan
 from mora_jax import config as configs
+from mora_jax.benchmarks import folder, standard_cl, stream, trace
 from mora_jax.errors import MoraError
 from mora_jax.models import registry
-from mora_jax.planning import compiled, topologies
+from mora_jax.planning import topologies
 from mora_jax.planning.abstract import Work, bytes_of
 from mora_jax.planning.advice import advice
+from mora_jax.planning.compiled import examine
 from mora_jax.planning.report import count_tasks, make_plan
 from mora_jax.planning.sizes import SIZES, decoder_config
+from mora_jax.planning.tasks import of_stream
 from mora_jax.runtime.distributed import make_mesh
 from mora_jax.runtime.language import LanguageFamily
 from mora_jax.runtime.state import count_parameters
@@ -34,6 +38,7 @@ COMMAND = (sys.executable, "-m", "mora_jax.plan")
 SMOKE = f"--config={CONFIG}:smoke"
 SHARDED = ("--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.model.dtype=bfloat16")
 LLAMA = (f"--config={CONFIG}:benchmark=trace,model=llama2-7b", *SHARDED, "--config.model.remat=full")
+LENGTHS = ("--config.train.max_prompt_tokens=1024", "--config.train.max_answer_tokens=512")  # of TRACE but MeetingBank
 needs_compilers = pytest.mark.skipif(
     not compilers.FOLDER.is_dir(), reason="`bash launch.sh test` installs the compilers"
 )
@@ -149,6 +154,68 @@ def test_tasks_are_counted_without_their_data(arg, tasks, count):
     assert count_tasks(configs.load(f"{CONFIG}:benchmark={arg}", {"benchmark.tasks": tasks})) == count
 
 
+# ---------------------------------------------------------------- the longest batch
+
+
+def longest(config: str, *overrides: str) -> list[tuple[Any, ...]]:
+    work = work_of("mesh.data=1", "mesh.fsdp=-1", *overrides, config=f"{CONFIG}:{config}")
+    return [tuple(work.longest[step]) for step in ("train", "decode")]
+
+
+def test_the_longest_task_of_the_stream_is_planned():
+    assert longest("benchmark=trace,model=llama3.2-1b") == [(4096, 512, "MeetingBank")] * 2
+    fomc, scored = "benchmark.tasks=FOMC,C-STANCE", [(1024, 512, "every task"), (1024, 16, "every task")]
+    assert longest("benchmark=trace,model=llama3.2-1b", fomc) == scored
+    assert longest("benchmark=standard_cl,model=qwen2.5-0.5b") == [(512, 50, "every task")] * 2
+    smoked = [(48, 16, "every task"), (48, 4, "every task")]
+    assert longest("benchmark=trace,smoke", "train.batch_size=8") == smoked
+    packaged = [(72, 24, "every task"), (72, 24, "python_completion")]
+    assert longest("model=smollm2-135m", "train.batch_size=8") == packaged
+
+
+def test_the_longest_batch_is_what_the_steps_are_compiled_for():
+    work = work_of("mesh.data=1", "mesh.fsdp=8", config=f"{CONFIG}:benchmark=trace,model=llama3.2-1b")
+    program = work.train().lower().as_text()
+    assert "tensor<32x4608xi32>" in program
+    assert "tensor<1x1152xi32>" in program  # a quarter holds the 512 tokens of every answer
+
+
+def test_a_task_gives_way_to_the_positions_of_the_model_as_in_a_run(capsys: pytest.CaptureFixture[str]):
+    assert longest("benchmark=trace,model=llama2-7b") == [(3584, 512, "MeetingBank")] * 2
+    assert "cut to 3584 tokens instead of 4096" in capsys.readouterr().err
+    with pytest.raises(MoraError, match="more than the 4096 positions"):
+        longest("benchmark=trace,model=llama2-7b", "train.max_prompt_tokens=4096")
+
+
+def test_the_limits_of_a_folder_come_with_its_data(tmp_path: Path):
+    for name, limits in (("short", {}), ("long", {"max_prompt_tokens": 3000, "max_new_tokens": 40})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text('[{"prompt": "p", "answer": "a"}]')
+        (tmp_path / name / "task.json").write_text(json.dumps(limits))
+    own = [(3000, 512, "long"), (3000, 40, "long")]
+    assert longest("benchmark=folder,model=smollm2-135m", f"benchmark.root={tmp_path}") == own
+    defaults = [(1024, 512, None)] * 2
+    assert longest("benchmark=folder,model=smollm2-135m", "benchmark.tasks=short,long") == defaults
+
+
+def test_limits_without_data_are_those_of_a_loaded_task(tmp_path: Path):
+    for name in (*trace.TASKS, *standard_cl.KINDS):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text('[{"prompt": "p", "answer": "a"}]')
+    for benchmark in ("trace", "standard_cl"):
+        config = configs.load(f"{CONFIG}:benchmark={benchmark}", {"benchmark.tasks": ""})
+        loaded = stream.load(benchmark, str(tmp_path), (), metrics={}, split_seed=0)
+        known = of_stream(config)
+        assert [[getattr(t, key) for key in ("name", *folder.LIMITS)] for t in known] == [
+            [getattr(t, key) for key in ("name", *folder.LIMITS)] for t in loaded
+        ]
+
+
+def test_a_task_that_the_benchmark_does_not_have_is_not_planned():
+    with pytest.raises(MoraError, match=r"task of benchmark 'trace' 'FOCM'.*FOMC"):
+        longest("benchmark=trace,smoke", "train.batch_size=8", "benchmark.tasks=FOCM")
+
+
 # ---------------------------------------------------------------- names of topologies
 
 
@@ -182,61 +249,6 @@ def test_without_the_compilers_it_says_where_they_come_from(main: Callable[..., 
     assert_refused(main(SMOKE, "--topology=v5e:2x2", of=plan), "launch.sh test")
 
 
-# ---------------------------------------------------------------- a config that does not fit
-
-
-def too_large(work: Work, message: str) -> dict[str, Any]:
-    aim = topologies.target("v5e:2x4")
-    step = {"fits": False, "bytes": compiled._too_large(message, work.steps()["train"], aim)}
-    return step | {"advice": advice("train", step, work, aim)}
-
-
-REFUSED = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (18.80G) exceeds available HBM (15.75G)."
-
-
-def test_copies_of_frozen_weights_are_named_with_the_mesh_that_cuts_them():
-    config = f"{CONFIG}:benchmark=trace,model=llama2-7b"
-    found = too_large(work_of("model.dtype=float32", config=config, tasks=8), REFUSED)
-    assert found["bytes"]["frozen"] == 4 * PARAMETERS["llama2-7b"]
-    text = " ".join(found["advice"])
-    for part in (
-        "model.dtype=bfloat16",
-        "mesh.fsdp=8",
-        "3.14 GiB",
-        "model.remat=full",
-        "train.batch_size",
-        "mesh.model",
-    ):
-        assert part in text
-
-
-def test_what_is_done_already_is_not_advised():
-    config = f"{CONFIG}:benchmark=trace,model=llama2-7b"
-    cut = ("mesh.data=1", "mesh.fsdp=8", "model.dtype=bfloat16", "model.remat=full", "train.batch_size=8")
-    text = " ".join(too_large(work_of(*cut, config=config, tasks=8), REFUSED)["advice"])
-    assert "max_prompt_tokens" in text
-    assert not any(part in text for part in ("bfloat16", "remat", "train.batch_size", "copies"))
-
-
-@pytest.mark.parametrize(
-    ("message", "temporaries"),
-    [
-        (REFUSED, 18.8 * 1024 * MIB),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", None),
-        ("RESOURCE_EXHAUSTED: something new", ...),
-    ],
-)
-def test_what_the_compiler_tells_of_memory_is_read(message, temporaries):
-    work = work_of("mesh.data=4", "mesh.fsdp=2", "train.batch_size=8")
-    found = too_large(work, message)["bytes"]
-    held = found["frozen"] + found["bank"] + found["fresh_and_optimizer"]
-    if temporaries is ...:
-        assert found["total"] is None
-    else:
-        assert found["total"] == pytest.approx(held + temporaries if temporaries else 20.5 * 1024 * MIB)
-    assert found["available"] == 15.75 * 1024 * MIB
-
-
 # ---------------------------------------------------------------- the machine that it runs on
 
 
@@ -245,9 +257,41 @@ def test_a_dry_run_compiles_for_the_devices_here_and_writes_nothing(main: Callab
     small = ("--config.train.batch_size=8", "--config.eval.batch_size=8", "--config.method.targets=attn/q")
     run = main(f"{SMOKE},method=inc_lora", *small, "--dry_run")
     assert run.code == 0, run
-    for part in ("8 x cpu", "unknown memory", "train step", "batch of answers", "all-reduce"):
+    for part in ("8 x cpu", "fits", "no times", "train step", "batch of answers", "all-reduce"):
         assert part in run.out
     assert not list(tmp_path.iterdir())
+
+
+@dataclasses.dataclass
+class Device:
+    """What `here` asks of a device."""
+
+    device_kind: str
+    platform: str
+    limit: int | None
+    process_index: int = 0
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return None if self.limit is None else {"bytes_limit": self.limit}
+
+
+def test_a_device_here_says_itself_how_much_a_program_may_fill():
+    rtx, h100, tpu = (("NVIDIA GeForce RTX 4090", "gpu"), ("NVIDIA H100 80GB HBM3", "gpu"), ("TPU v3", "tpu"))
+    assert topologies.here([Device(*rtx, 18_000)] * 2).available == 18_000
+    assert topologies.here([Device(*rtx, None)]).available is None
+    assert topologies.here([Device(*h100, 70_000)]).available == 70_000  # XLA_PYTHON_CLIENT_MEM_FRACTION
+    assert topologies.here([Device(*h100, None)]).available == topologies.target("h100:1").available
+    assert topologies.here([Device(*tpu, 16_000)]).available == 16_000
+    one, eight = (topologies.here(jax.devices()[:n]).available for n in (1, 8))
+    assert one == 8 * eight > 1 << 28
+
+
+def test_advice_is_given_on_a_machine_that_is_in_no_table():
+    work = work_of("mesh.data=1", "mesh.fsdp=8", "train.batch_size=16", "model.remat=none")
+    aim = topologies.here([Device("NVIDIA L4", "gpu", 1 << 20)] * 8)
+    step = examine(work.train(), aim)
+    assert step["fits"] is False
+    assert any("model.remat=full" in line for line in advice("train", step, work, aim))
 
 
 def test_a_program_of_a_mesh_here_costs_what_its_shapes_say():
@@ -256,9 +300,10 @@ def test_a_program_of_a_mesh_here_costs_what_its_shapes_say():
     work = work_of(*small, config=f"{CONFIG}:smoke,method=inc_lora")
     planned = make_plan(work.config, topologies.here(jax.devices()), jax.devices(), tasks=1)
     assert planned["frozen_over_share"] == 8.0  # the mesh of the config holds eight copies
-    assert planned["fits"] is None
+    assert (planned["fits"], planned["steps"]["train"]["seconds"]) == (True, None)
     kernels = sum(a.size for a in jax.tree.leaves(work.family.params["layers"]) if a.ndim == 3)
-    least = 2 * (2 * kernels + 2 * work.sizes.vocab_size * work.sizes.d_model) * 64  # one row of 64 tokens each
+    logits = work.sizes.vocab_size * work.sizes.d_model
+    least = 2 * 2 * (kernels * 64 + logits * 16)  # one row of 64 tokens each, with 16 places for an answer
     assert least < planned["steps"]["train"]["flops"] < 2 * least  # work that is not shared would be 8 times as much
 
 
@@ -325,10 +370,10 @@ def plan_of(topology: str, *options: str) -> dict[str, Any]:
 @needs_compilers
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x2", "h100:8"])
 def test_llama_2_7b_with_64_experts_per_site_fits(topology):
-    found = plan_of(topology)
+    found = plan_of(topology, *LENGTHS)
     assert found["experts_per_site"] == 64
     assert found["batch_size"]["train"] == 32
-    assert found["tokens"] == {"prompt": 1024, "answer": 512}
+    assert {(t["prompt"], t["answer"]) for t in found["tokens"].values()} == {(1024, 512)}
     assert found["fits"] is True, found["steps"]
     assert found["frozen_over_share"] < 1.1
 
@@ -355,13 +400,14 @@ def test_the_command_of_the_readme_fits_llama_2_7b_on_one_16_gb_chip():
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert (found["fits"], found["experts_per_site"], found["devices"]) == (True, 64, 1)
+    assert {(t["prompt"], t["answer"]) for t in found["tokens"].values()} == {(1024, 512)}
     assert all(step["kernel"] == "pallas_tpu" for step in found["steps"].values())
 
 
 @pytest.mark.slow
 @needs_compilers
 def test_mora_gathers_no_more_often_than_plain_lora():
-    mora, lora = (plan_of("h100:8", f"--config.method.name={name}") for name in ("mora", "inc_lora"))
+    mora, lora = (plan_of("h100:8", *LENGTHS, f"--config.method.name={name}") for name in ("mora", "inc_lora"))
     counts = [found["steps"]["train"]["collectives"]["all-gather"]["count"] for found in (mora, lora)]
     assert counts[0] <= counts[1]
 
@@ -370,7 +416,11 @@ def test_mora_gathers_no_more_often_than_plain_lora():
 @needs_compilers
 def test_a_large_pod_compiles_in_under_three_minutes():
     found = plan_of(
-        "v5p:8x8x8", "--config.mesh.data=8", "--config.train.batch_size=512", "--config.eval.batch_size=512"
+        "v5p:8x8x8",
+        *LENGTHS,
+        "--config.mesh.data=8",
+        "--config.train.batch_size=512",
+        "--config.eval.batch_size=512",
     )
     assert found["fits"] is True
     assert found["steps"]["train"]["compile_seconds"] < 180

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_clip
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AbstractMesh
 from launching import CONFIG, Ended, assert_refused, results
 from tiny_decoder import TINY, our_logits, random_params
 
@@ -29,7 +30,7 @@ from mora_jax.models.registry import load_model
 from mora_jax.models.unread import load
 from mora_jax.planning.abstract import Work, bytes_of
 from mora_jax.runtime.checkpoint import Checkpoints
-from mora_jax.runtime.distributed import make_mesh, place
+from mora_jax.runtime.distributed import AXES, abstract, make_mesh, place
 from mora_jax.runtime.language import LanguageFamily
 
 NAMES = sorted(quantised.CODES)
@@ -169,6 +170,34 @@ def test_codes_and_scales_are_cut_over_the_mesh_and_counted(name):
     sizes = 32 * 32 * quantised.bits(q["kernel"].dtype) / 8 + 4 * rows * 32
     assert bytes_of(work.family.params["layers"]["attn"]["q"])[1] == 2 * sizes
     assert work.sites["layers", "attn", "q"] == (2, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("d_in", "fsdp", "model"), [(896, 8, 1), (896, 4, 2), (3584, 16, 1), (3584, 16, 2), (4096, 8, 1)]
+)
+def test_no_device_holds_the_scales_of_blocks_that_do_not_divide(d_in, fsdp, model):
+    """Qwen's 896 and 3584 inputs have 14 and 56 blocks; of Llama's 4096 the 64 blocks are cut themselves."""
+    mesh = AbstractMesh((1, fsdp, model), AXES)
+    shapes = {f"layers/{site}/kernel": (2, d_in, d_in) for site in ("attn/q", "attn/o", "mlp/up", "mlp/down")}
+    tree = unflatten_dict(quantised.stored(shapes, jnp.bfloat16, "nf4"), sep="/")
+    for cut in jax.tree.leaves(abstract(mesh, tree)):
+        assert np.prod(cut.sharding.shard_shape(cut.shape)) == np.prod(cut.shape) / (fsdp * model)
+    blocks = abstract(mesh, tree)["layers"]["mlp"]["up"]["kernel_scale"].sharding.spec[1]
+    assert blocks == ("fsdp" if d_in == 4096 else None)
+
+
+def test_scales_cut_over_their_outputs_are_read_and_give_the_same_product(tmp_path: Path, rng):
+    config = dataclasses.replace(TINY, d_model=192, d_ff=192, head_dim=32, heads=8, kv_heads=4)  # 3 blocks, 4 devices
+    params = random_params(config, 0.1)
+    hf.save_params(params, config, tmp_path)
+    mesh = make_mesh({"data": 1, "fsdp": 4, "model": 1}, jax.devices()[:4])
+    unread = quantised.coded(hf.open_params(tmp_path, hf.load_config(tmp_path), np.float32), "nf4")
+    placed, whole = place(mesh, unread), quantised.coded(params, "nf4")
+    scale = placed["layers"]["mlp"]["up"]["kernel_scale"]
+    assert scale.sharding.shard_shape(scale.shape) == (2, 3, 192 // 4)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(whole), strict=True))
+    decoder, tokens = Decoder(config), rng.integers(0, config.vocab_size, (2, 9))
+    np.testing.assert_allclose(our_logits(decoder, placed, tokens), our_logits(decoder, whole, tokens), atol=1e-5)
 
 
 # ---------------------------------------------------------------- a run

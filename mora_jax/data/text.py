@@ -47,6 +47,11 @@ def bucket(length: int, smallest: int, most: int) -> int:
     return min(size, most)
 
 
+def answer_bucket(longest: int, width: int) -> int:
+    """Places for the answers of a batch: a quarter of the row, or all of it, so at most two shapes a length bucket."""
+    return width // 4 if longest <= width // 4 else width
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One training example as ids, and how many of them are prompt."""
@@ -150,8 +155,7 @@ def _batch(group: Sequence[int], records: Sequence[Record], widths: Sequence[int
     """What a Plan knows of one batch."""
     width = max(widths[i] for i in group)
     longest = max(len(records[i].ids) - records[i].prompt for i in group)
-    # a quarter of the row is the usual answer; longer ones get the whole row: at most two shapes a bucket
-    return tuple(group), width, width // 4 if longest <= width // 4 else width
+    return tuple(group), width, answer_bucket(longest, width)
 
 
 def pipeline(plan: Plan) -> grain.DatasetIterator:

@@ -54,10 +54,6 @@ def _groups(step: Step) -> dict[str, float]:
     return {name: bytes_of(tree)[0] for name, tree in step.groups.items()}
 
 
-def _available(aim: Target) -> float | None:
-    return aim.chip and aim.chip.hbm * aim.chip.usable
-
-
 def _memory(analysis: Any, step: Step, aim: Target) -> dict[str, float | None]:
     """Bytes of one device by group; the rest of the arguments is the batch, and what a tiled layout pads."""
     groups = _groups(step)
@@ -67,7 +63,7 @@ def _memory(analysis: Any, step: Step, aim: Target) -> dict[str, float | None]:
     groups["batch_and_padding"] = max(0.0, arguments - sum(groups.values()))
     groups[ACTIVATIONS] = float(analysis.temp_size_in_bytes + results)
     groups["program"] = float(analysis.generated_code_size_in_bytes)
-    return groups | {"total": sum(groups.values()), "available": _available(aim)}
+    return groups | {"total": sum(groups.values()), "available": aim.available}
 
 
 def _too_large(message: str, step: Step, aim: Target) -> dict[str, float | None]:
@@ -80,7 +76,7 @@ def _too_large(message: str, step: Step, aim: Target) -> dict[str, float | None]
     elif found := _USED.search(message):
         temporaries = max(0.0, float(found[1]) * _UNITS[found[2]] - held)
     total = None if temporaries is None else held + temporaries
-    return groups | {ACTIVATIONS: temporaries, "total": total, "available": _available(aim)}
+    return groups | {ACTIVATIONS: temporaries, "total": total, "available": aim.available}
 
 
 def _costs(tally: Tally, aim: Target) -> dict[str, Any]:

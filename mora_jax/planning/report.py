@@ -9,11 +9,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mora_jax import config as configs
-from mora_jax.benchmarks import standard_cl, stream, trace
 from mora_jax.planning.abstract import Work, bytes_of
 from mora_jax.planning.advice import advice
 from mora_jax.planning.compiled import examine
+from mora_jax.planning.tasks import task_names
 from mora_jax.planning.topologies import Target
 from mora_jax.runtime import distributed
 from mora_jax.runtime.display import Display
@@ -24,13 +23,8 @@ COLUMNS = {"train": "train step", "decode": "batch of answers"}
 
 
 def count_tasks(config: Any) -> int:
-    """Tasks of the stream that a config names; their data is not needed where the config or the paper says how many."""
-    named = configs.names(config.benchmark.tasks)
-    if named:
-        return sum(len(standard_cl.ORDERS.get(name, (name,))) for name in named)
-    if config.benchmark.name == "trace":
-        return len(trace.TASKS)
-    return len(stream.task_names(config.benchmark.name, config.benchmark.root))
+    """Tasks of the stream that a config names."""
+    return len(task_names(config))
 
 
 def make_plan(config: Any, aim: Target, devices: Sequence[Any], tasks: int) -> dict[str, Any]:
@@ -60,10 +54,15 @@ def make_plan(config: Any, aim: Target, devices: Sequence[Any], tasks: int) -> d
         "sites": sum(site.layers for site in work.sites.values()),
         "layers": work.sizes.layers,
         "batch_size": {"train": config.train.batch_size, "decode": config.eval.batch_size},
-        "tokens": work.lengths._asdict(),
+        "tokens": {name: work.longest[name]._asdict() for name in steps},
         "frozen_over_share": held / (whole / aim.devices),
         "steps": steps,
     }
+
+
+def _batch(rows: int, longest: dict[str, Any]) -> str:
+    of = longest["task"] or "no task's own limits, which come with its data"
+    return f"{rows} x ({longest['prompt']} + {longest['answer']} tokens: {of})"
 
 
 def _figures(chip: dict[str, Any]) -> str:
@@ -82,7 +81,7 @@ def _verdict(fits: bool | None) -> str:
 
 def show(plan: dict[str, Any], display: Display) -> None:
     """The plan as tables: what was planned, bytes, costs, collectives; then what would help."""
-    chip, size, tokens = plan["chip"], plan["batch_size"], plan["tokens"]
+    chip = plan["chip"]
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
     experts = f"{plan['experts_per_site']} experts at {plan['sites']} sites"
     facts = {
@@ -90,8 +89,8 @@ def show(plan: dict[str, Any], display: Display) -> None:
         "model": f"{plan['model']}, {plan['dtype']}, remat {plan['remat']}, kernel {plan['kernel']}",
         "frozen kernels": plan["dtype"] if plan["quantise"] == "none" else plan["quantise"],
         "method": f"{plan['method']}, {plan['tasks']} tasks, {experts}",
-        "batch": f"train {size['train']} x ({tokens['prompt']} + {tokens['answer']} tokens), decode {size['decode']}",
-        "chip": _figures(chip) if chip else "no figures for this device",
+        **{COLUMNS[name]: _batch(plan["batch_size"][name], longest) for name, longest in plan["tokens"].items()},
+        "chip": _figures(chip) if chip else "no figures for this device, so no times",
         "frozen weights": f"{plan['frozen_over_share']:.3f} x an equal share on each device",
     }
     display.facts("plan", facts)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.experimental import topologies
 
 from mora_jax import compilers
@@ -67,13 +68,22 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A topology by name; `per_host` devices share the fast network."""
+    """A topology by name; `per_host` devices share the fast network.
+
+    chip: None where the device is in no table. limit: bytes of a device that a program may fill, where it tells itself.
+    """
 
     name: str
     chip: Chip | None
     devices: int
     per_host: int
     platform: str
+    limit: float | None = None
+
+    @property
+    def available(self) -> float | None:
+        """Bytes of a device that a program may fill; None where nobody knows."""
+        return self.limit or (self.chip and self.chip.hbm * self.chip.usable)
 
 
 def known() -> str:
@@ -95,12 +105,27 @@ def target(name: str) -> Target:
 
 
 def here(devices: list[Any]) -> Target:
-    """The machine that this process runs on; without figures where the device is in no table."""
+    """The machine that this process runs on: its memory as it says itself, times only where its chip is in the table.
+
+    Devices of a CPU, of which there are several only where someone asked for them, share its memory evenly.
+    """
     kind = devices[0].device_kind
     chip = next((chip for chip in CHIPS.values() if re.fullmatch(chip.kind, kind)), None)
     platform = devices[0].platform
     local = len(devices) if platform == "tpu" else sum(d.process_index == devices[0].process_index for d in devices)
-    return Target(f"{len(devices)} x {kind}", chip, len(devices), local, platform)
+    limit = _memory() / local if platform == "cpu" else _limit(devices)
+    return Target(f"{len(devices)} x {kind}", chip, len(devices), local, platform, limit)
+
+
+def _memory() -> int:
+    """Bytes of main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _limit(devices: list[Any]) -> float | None:
+    """Bytes that JAX may take of a device; only those of this process can be asked, and not all of these know."""
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    return (own.memory_stats() or {}).get("bytes_limit")
 
 
 def devices_of(aim: Target) -> list[Any]:

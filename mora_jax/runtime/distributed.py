@@ -83,12 +83,19 @@ def check_mesh(mesh: Mesh, heads: Mapping[str, int], batch_size: int = 0, accumu
 
 
 def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """The first rule that matches the end of the path; an axis that does not divide evenly stays whole."""
+    """The first rule that matches the end of the path; an axis that does not divide evenly stays whole.
+
+    Where it is that of a kernel's blocks of scales, which are fewer than its inputs, their outputs are cut over both
+    axes of the mesh instead. The one scale that int8 has for a column stays beside it: 4 bytes for all its inputs.
+    """
     for pattern, rule in RULES:
         if re.search(rf"(^|/){pattern}$", path):
             cut = [
                 name if name and size % mesh.shape[name] == 0 else None for name, size in zip(rule, shape, strict=True)
             ]
+            if path.endswith("_scale") and cut[-2] is None and shape[-2] > 1:
+                both = rule[-1], rule[-2]  # in this order a part lies within the kernel's outputs on the same device
+                cut[-1] = both if shape[-1] % math.prod(mesh.shape[axis] for axis in both) == 0 else cut[-1]
             return NamedSharding(mesh, P(*cut))
     return NamedSharding(mesh, P())
 
