@@ -156,6 +156,7 @@ def plot(result: dict, path: Path) -> None:
     axes.set_xlabel("backward transfer, points (signed; 0 = nothing forgotten)")
     axes.set_ylabel("learned, percent right after each task")
     axes.set_title(result["name"], fontsize=10, loc="left")
+    axes.margins(0.08)  # room for the labels of the rates
     axes.grid(alpha=0.3)
     axes.legend(title="ringed: the chosen rate, +- std over seeds", fontsize=8, title_fontsize=8)
     figure.savefig(path, dpi=150)
