@@ -266,6 +266,7 @@ TASKS: dict[str, _Row] = {
     "python_completion": _Row(_python_completion, "fuzzy", 24),
     "arithmetic": _Row(_arithmetic, "last_number", 20),
 }
+TASK_LIMITS = {name: {"max_new_tokens": row.max_new_tokens} for name, row in TASKS.items()}
 
 
 def task_names(root: str) -> tuple[str, ...]:
@@ -285,5 +286,5 @@ def load_task(name: str, root: str, *, split_seed: int, metric: str | None) -> T
         metric=metric or row.metric,
         splits=row.splits(random.Random(f"packaged_text/{name}/{split_seed}")),
         labels=row.labels and tuple(f" {label}" for label in row.labels),
-        max_new_tokens=row.max_new_tokens,
+        **TASK_LIMITS[name],
     )

@@ -64,7 +64,7 @@ ORDERS: dict[str, tuple[str, ...]] = {
 
 SPLIT_FILES = {**folder.SPLIT_FILES, "eval": ("eval.json", "dev.json")}
 # The published limits: 512 tokens of source, 50 of target.
-MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 512, 50
+TASK_LIMITS = {name: dict(zip(folder.LIMITS, (512, 50, 50), strict=True)) for name in ORDERS["order4"]}
 _NO_EVAL = "its eval.json or dev.json repeats test.json: to choose hyper-parameters, set aside a part of train.json"
 
 
@@ -74,6 +74,7 @@ class StandardCL:
 
     names_dataset: bool
     ORDERS = ORDERS
+    TASK_LIMITS = TASK_LIMITS
 
     def task_names(self, root: str) -> tuple[str, ...]:
         """The fifteen tasks in order 4; MoraError if the root is no folder or holds none of them."""
@@ -99,9 +100,7 @@ class StandardCL:
             metric=metric,
             splits={split: examples for split, examples in splits.items() if not (repeated and split == "eval")},
             labels=folder.labels_of(path, metric, splits.get("train", ())),
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
-            max_answer_tokens=MAX_ANSWER_TOKENS,
-            max_new_tokens=MAX_ANSWER_TOKENS,
+            **TASK_LIMITS[name],
             advice=_NO_EVAL if repeated else "",
         )
 

@@ -152,7 +152,8 @@ class Benchmark(Protocol):
     """What a benchmark's module offers. `root` is the folder of its files, empty where it needs none.
 
     It may also have `ORDERS`, a mapping from the name of a published order to its tasks: a name for several at once;
-    and `LABEL_SPACE`, the `eval.label_space` of its protocol where that is not `joint`.
+    `TASK_LIMITS`, the token limits of each task, in the benchmark's order, where they do not lie with the data; and
+    `LABEL_SPACE`, the `eval.label_space` of its protocol where that is not `joint`.
     """
 
     def task_names(self, root: str) -> tuple[str, ...]:
@@ -199,6 +200,17 @@ def label_space(name: str) -> str:
     return getattr(_benchmark(name), "LABEL_SPACE", "joint")
 
 
+def task_limits(name: str) -> Mapping[str, Mapping[str, int]]:
+    """Task -> the token limits that it is loaded with, in the benchmark's order; empty where they lie with the data."""
+    return getattr(_benchmark(name), "TASK_LIMITS", {})
+
+
+def spelt_out(name: str, tasks: Sequence[str]) -> list[str]:
+    """`tasks` with the tasks of an order in the place of its name."""
+    orders = getattr(_benchmark(name), "ORDERS", {})
+    return [task for entry in tasks for task in orders.get(entry, (entry,))]
+
+
 def load(name: str, root: str, tasks: Sequence[str], *, metrics: Mapping[str, str], split_seed: int) -> list[Task]:
     """The stream: the named tasks of a benchmark in that order, or all in the benchmark's order if `tasks` is empty.
 
@@ -208,7 +220,7 @@ def load(name: str, root: str, tasks: Sequence[str], *, metrics: Mapping[str, st
     """
     benchmark = _benchmark(name)
     known, orders = benchmark.task_names(root), getattr(benchmark, "ORDERS", {})
-    tasks = [task for entry in tasks for task in orders.get(entry, (entry,))]
+    tasks = spelt_out(name, tasks)
     for task in (*tasks, *metrics):
         if task not in known:
             raise unknown(f"task of benchmark {name!r}", task, (*known, *orders))

@@ -43,6 +43,8 @@ TASKS: dict[str, _Row] = {
     "20Minuten": _Row("sari", epochs=3, max_new_tokens=512),
 }
 
+TASK_LIMITS = {name: {limit: getattr(row, limit) for limit in folder.LIMITS} for name, row in TASKS.items()}
+
 # MeetingBank's train split is missing from the 500 set as it is passed on.
 _NO_TRAIN = "leave it out by naming the other tasks in benchmark.tasks, or add its train.json from the TRACE release"
 _SMALL = 500
@@ -84,9 +86,7 @@ def load_task(name: str, root: str, *, split_seed: int, metric: str | None) -> T
         metric=metric,
         splits=splits,
         labels=folder.labels_of(path, metric, splits.get("train", ())),
-        max_prompt_tokens=row.max_prompt_tokens,
-        max_answer_tokens=row.max_answer_tokens,
-        max_new_tokens=row.max_new_tokens,
+        **TASK_LIMITS[name],
         epochs=row.epochs,
         variant=variant(splits),
         advice=_NO_TRAIN if "train" not in splits else "",

@@ -81,7 +81,7 @@ class Work:
         found = []
         for task in tasks:
             limits = self.family.limits(task)
-            answer = limits.answer if step == "train" else self.family._new_tokens(task, limits.answer)
+            answer = limits.answer if step == "train" else self.family.new_tokens(task, limits.answer)
             found.append(Lengths(limits.prompt, answer, task.name))
         longest = max(found, key=lambda lengths: lengths.prompt + lengths.answer)
         alike = all(lengths[:2] == longest[:2] for lengths in found)

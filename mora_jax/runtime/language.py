@@ -99,7 +99,7 @@ class LanguageFamily:
         train = self.config["train"]
         prompt = train["max_prompt_tokens"] or task.max_prompt_tokens or PROMPT_TOKENS
         answer = train["max_answer_tokens"] or task.max_answer_tokens or ANSWER_TOKENS
-        longest, most = max(answer, self._new_tokens(task, answer)), self.decoder.config.max_positions
+        longest, most = max(answer, self.new_tokens(task, answer)), self.decoder.config.max_positions
         if prompt + longest > most:
             if train["max_prompt_tokens"] or most - longest < LEAST_PROMPT:
                 raise MoraError(
@@ -116,7 +116,8 @@ class LanguageFamily:
             prompt = most - longest
         return text.Limits(prompt, answer, train["length_bucket"])
 
-    def _new_tokens(self, task: Task, answer: int) -> int:
+    def new_tokens(self, task: Task, answer: int) -> int:
+        """The most tokens of an answer that are generated; `answer` where neither config nor task says."""
         return self.config["eval"]["max_new_tokens"] or task.max_new_tokens or answer
 
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -163,7 +164,7 @@ class LanguageFamily:
             variables,
             [example.prompt for example in examples],
             max_prompt_tokens=limits.prompt,
-            max_new_tokens=self._new_tokens(task, limits.answer),
+            max_new_tokens=self.new_tokens(task, limits.answer),
             batch_size=self.config["eval"]["batch_size"],
             after_batch=after_batch,
         )
