@@ -18,7 +18,7 @@ from small_pictures import COUNTS, TASKS, write_pictures
 
 from mora_jax.benchmarks import image_folder, stream
 from mora_jax.benchmarks.pictures import Picture, PictureTask
-from mora_jax.errors import MoraError
+from mora_jax.errors import AGAIN, MoraError
 
 
 @pytest.fixture
@@ -90,8 +90,9 @@ def test_a_picture_that_cannot_be_read_now_is_no_other_picture(root: Path, monke
     task = load(root)
     monkeypatch.setattr(Path, "read_bytes", fail)
     task = dataclasses.replace(task, splits={"test": (Picture("red/0.png", "red", functools.partial(fail, root)),)})
-    with pytest.raises(MoraError, match=r"red/0.png cannot be read now \(.*Input/output error\); try again"):
+    with pytest.raises(MoraError, match=r"red/0.png cannot be read now \(.*Input/output error\); try again") as refused:
         _ = task.digest
+    assert refused.value.code == AGAIN
 
 
 def test_names_and_templates_may_be_given(root: Path) -> None:

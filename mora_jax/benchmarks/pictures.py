@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mora_jax import errors
 from mora_jax.benchmarks.stream import Task
 from mora_jax.data.images import decode
 from mora_jax.errors import MoraError
 
 SAMPLED = 16  # pictures of a split that decide the digest; to read them all takes minutes on a network drive
-# Errors that stay until somebody mends the data; others, of a network drive, pass.
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
 
@@ -89,10 +88,11 @@ def _sample(pictures: Sequence[Picture]) -> list[int | None]:
     for picture in pictures[:: max(1, -(-len(pictures) // SAMPLED))]:
         try:
             found.append(_sum(picture))
-        except LASTING:
+        except errors.WRONG_PATHS:  # which stay until somebody mends the data
             found.append(None)
         except OSError as problem:
-            raise MoraError(f"{picture.source} cannot be read now ({problem}); try again") from None
+            said = f"{picture.source} cannot be read now ({problem}); try again"
+            raise MoraError(said, errors.AGAIN) from None
     return found
 
 
